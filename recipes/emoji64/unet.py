@@ -1,0 +1,106 @@
+"""Stage 3: the denoiser, a UNet2DConditionModel of 7 M parameters on the 8x8x16 latents, v-prediction.
+
+The schedule is Stable Diffusion's, rescaled to zero terminal SNR, so that the last timestep is pure noise and the
+one-step student starts where it was trained. One caption in ten is empty, for classifier-free guidance.
+
+    python recipes/emoji64/unet.py --data DATA --work WORK
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from common import arguments, caption, load_data, to_float, train
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+BARE, EMPTY = 0.1, 0.1
+
+
+def make_unet(width: int = 192) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(128, 160),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderTiny, images: Tensor) -> Tensor:
+    return torch.cat([vae.encode(to_float(x)).latents for x in images.split(128)]) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_texts(tokenizer: CLIPTokenizer, text: CLIPTextModel, captions: list[str]) -> Tensor:
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return torch.cat([text(i).last_hidden_state for i in ids.split(256)])
+
+
+def main() -> None:
+    args = arguments(__doc__, steps=20_000, batch=64)
+    images, rows, out = load_data(args.data)
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    text = CLIPTextModel.from_pretrained(args.work / "text_encoder").eval()
+    vae = AutoencoderTiny.from_pretrained(args.work / "vae").eval()
+    captions = [caption(r) for r in rows]
+    full = encode_texts(tokenizer, text, captions).to(args.device)
+    bare = encode_texts(tokenizer, text, [c.split(", ", 1)[1] for c in captions]).to(args.device)
+    empty = encode_texts(tokenizer, text, [""]).to(args.device)
+    latents = encode_images(vae, images).to(args.device)
+    seen, unseen = (torch.from_numpy(m.nonzero()[0]) for m in (~out, out))
+
+    scheduler = make_scheduler()
+    scheduler.save_pretrained(args.work / "scheduler")
+    torch.manual_seed(0)
+    net = make_unet().to(args.device).to(memory_format=torch.channels_last)
+
+    def error(i: Tensor, context: Tensor, t: Tensor) -> Tensor:
+        x0 = latents[i]
+        noise = torch.randn(x0.shape).to(x0)
+        with torch.autocast(args.device, torch.bfloat16):
+            v = net(scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last), t, context).sample
+        return F.mse_loss(v.float(), scheduler.get_velocity(x0, noise, t))
+
+    def loss(step: int) -> Tensor:
+        i = seen[torch.randint(len(seen), (args.batch,))]
+        t = (
+            ((torch.arange(args.batch) + torch.rand(args.batch)) * 1000 / args.batch).long().to(args.device)
+        )  # stratified
+        which = torch.rand(args.batch, 1, 1).to(args.device)
+        context = torch.where(which < EMPTY, empty, torch.where(which < EMPTY + BARE, bare[i], full[i]))
+        return error(i, context, t)
+
+    def report():
+        t = torch.linspace(0, 999, len(unseen)).long().to(args.device)
+        with torch.no_grad():
+            yield f"held-out {error(unseen, full[unseen], t):.4f}"
+
+    path = args.work / "unet.safetensors"
+    train(net, loss, path, steps=args.steps, lr=1e-3, ema=0.9995, every=500, report=report)
+    net.save_pretrained(args.work / "unet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The command line: thin calls of the library functions of the same names."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onestroke.errors import OnestrokeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback()
+def root() -> None:
+    """Distil any diffusion text-to-image model into one call."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the student, the sheet and the report.")] = Path("runs/demo"),
+):
+    """Distil the built-in teacher with SwiftBrush; write the pictures and every measured figure."""
+    from onestroke.demo import demo as run
+
+    report = run(out)
+    table = Table("", "KID", "retrieval", "ms / image")
+    for name, row in report.items():
+        if isinstance(row, dict) and "kid" in row:
+            figures = (row["kid"], row["retrieval"], 1000 * row["seconds_per_image"])
+            table.add_row(name, f"{figures[0]:.4f}", f"{figures[1]:.3f}", f"{figures[2]:.1f}")
+    console.print(table)
+    console.print(f"real against real KID {report['kid_floor']:.4f}; {report['seconds_total']:.0f} s in all")
+    console.print(f"pictures: {out / 'samples.png'}   figures: {out / 'report.json'}   pipeline: {out}")
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Built-in name, pipeline folder or hub id.")],
+    method: Annotated[str, typer.Option(help="See `onestroke methods`.")],
+    prompts: Annotated[Path, typer.Option(help="UTF-8 text, one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Empty folder for the student and its checkpoints.")],
+    steps: Annotated[int | None, typer.Option(help="Rounds of the method.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. lr.student=1e-5. Repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+):
+    """Distil TEACHER into a student that draws in one call (or a few), from prompts alone where the method allows."""
+    from onestroke.run import distill as run
+    from onestroke.settings import parse
+
+    given = parse(set_ or []) | {"seed": seed}
+    given |= {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
+    run(teacher, method=method, prompts=prompts, out=out, resume=resume, **given)
+    console.print(f"student: {out}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A student's folder, or a teacher.")],
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    steps: Annotated[int | None, typer.Option(help="Network calls; default: as trained, 25 for a teacher.")] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
+    guidance_scale: Annotated[float, typer.Option(help="Of a teacher; a student has it built in.")] = 3.0,
+    out: Annotated[Path, typer.Option(help="PNG file; one row per prompt.")] = Path("samples.png"),
+):
+    """Draw pictures with a student or a teacher."""
+    from onestroke.sample import sample as run
+
+    run(model, prompts, steps=steps, count=count, seed=seed, guidance_scale=guidance_scale, out=out)
+    console.print(f"pictures: {out}")
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False):
+    """List the methods: what each needs, plays and costs."""
+    from onestroke.methods import METHODS, describe
+
+    rows = [describe(name) for name in METHODS]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("method", "family", "paper", "needs", "steps", "players", "network passes per round")
+    for row in rows:
+        passes = ", ".join(f"{k} {v}" for k, v in row["passes"].items())
+        upto = "1" if row["max_steps"] == 1 else f"1-{row['max_steps']}"
+        table.add_row(
+            row["name"], row["family"], row["paper"], ", ".join(row["needs"]), upto, ", ".join(row["players"]), passes
+        )
+    console.print(table)
+
+
+@app.command()
+def teachers(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False):
+    """List the built-in teachers. Any Stable Diffusion folder or hub id works as well."""
+    from onestroke.teachers import built_in
+
+    rows = list(built_in().values())
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("teacher", "what it draws", "pixels", "parameters", "licence")
+    for row in rows:
+        table.add_row(
+            row["name"], row["summary"], str(row["resolution"]), f"{row['parameters'] / 1e6:.1f} M", row["licence"]
+        )
+    console.print(table)
+
+
+def quiet() -> None:
+    """Keep the libraries' own notices and bars out of the command line's output."""
+    warnings.filterwarnings("ignore")
+    for name in ("diffusers", "transformers", "huggingface_hub"):
+        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    quiet()
+    try:
+        app()
+    except OnestrokeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

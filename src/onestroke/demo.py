@@ -1,0 +1,126 @@
+"""`onestroke demo`: distil the built-in teacher, draw the sheet, measure and report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from onestroke import metrics
+from onestroke.run import distill, read_prompts
+from onestroke.errors import InputError
+from onestroke.student import SeededNoise, Student, to_pil
+from onestroke.teachers import BUILT_IN, load_teacher
+from onestroke.teachers.pipeline import PipelineTeacher
+
+TEACHER, METHOD, TEACHER_STEPS = "emoji64", "swiftbrush", 25
+SHEET_SEED, SCORE_SEED = 11, 1000
+
+
+def batches(prompts: list[str], size: int = 100):
+    return ((i, prompts[i : i + size]) for i in range(0, len(prompts), size))
+
+
+def draw_all(draw, prompts: list[str]) -> tuple[Tensor, float]:
+    """Images (N, 3, H, W) of all prompts, and seconds per image."""
+    began = time.monotonic()
+    images = torch.cat([draw(part, SCORE_SEED + i) for i, part in batches(prompts)])
+    return images, (time.monotonic() - began) / len(prompts)
+
+
+def samplers(teacher: PipelineTeacher, student: Student, guidance_scale: float) -> dict[str, Any]:
+    """The three columns of the sheet: (prompts, seed) -> images (N, 3, H, W), from the same noise."""
+
+    def from_teacher(steps: int, scale: float):
+        return lambda prompts, seed: teacher.draw(
+            SeededNoise(len(prompts), seed).normal(teacher.shape), prompts, steps, scale
+        )
+
+    return {
+        f"teacher, {TEACHER_STEPS} steps": from_teacher(TEACHER_STEPS, guidance_scale),
+        "teacher, 1 step": from_teacher(1, 1.0),
+        "student, 1 step": lambda prompts, seed: student.model.decode(
+            student.latents(student.model.encode(prompts), seed)
+        ),
+    }
+
+
+def sheet(columns: dict[str, Tensor], prompts: list[str], scale: int = 2) -> Image.Image:
+    """Blocks side by side, one per sampler, the same prompt at the same place of each, under a title."""
+    across, blocks = 4, []
+    for title, images in columns.items():
+        tiles = [i.resize((i.width * scale, i.height * scale), Image.Resampling.LANCZOS) for i in to_pil(images)]
+        side, down = tiles[0].width, -(-len(tiles) // across)
+        block = Image.new("RGB", (across * side, down * side + 24), "white")
+        ImageDraw.Draw(block).text((6, 5), title, fill="black", font_size=14)
+        for k, tile in enumerate(tiles):
+            block.paste(tile, (k % across * side, 24 + k // across * side))
+        blocks.append(block)
+    page = Image.new("RGB", (sum(b.width + 16 for b in blocks) - 16, blocks[0].height), "white")
+    for k, block in enumerate(blocks):
+        page.paste(block, (k * (block.width + 16), 0))
+    return page
+
+
+def measure(teacher: PipelineTeacher, student: Student, folder: Path, count: int, guidance_scale: float) -> dict:
+    """KID, retrieval and seconds per image of the three samplers on `count` prompts of the teacher's own file."""
+    prompts = read_prompts(folder / "prompts.txt")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(SCORE_SEED))[:count]
+    chosen = [prompts[i] for i in order]
+    extract = metrics.LiteFeatures()
+    reference, digest = metrics.reference_features(folder)
+    half = reference[torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))].chunk(2)
+    report: dict[str, Any] = {"prompts": count, "reference_sha256": digest, "kid_floor": metrics.kid(*half)}
+    for name, draw in samplers(teacher, student, guidance_scale).items():
+        images, seconds = draw_all(draw, chosen)
+        report[name] = {
+            "kid": metrics.kid(extract.of(images), reference),
+            "retrieval": metrics.retrieval(teacher.pipeline, images, chosen),
+            "seconds_per_image": seconds,
+        }
+    return report
+
+
+def demo(out: str | Path = "runs/demo", count: int = 500, **settings: Any) -> dict[str, Any]:
+    """Distil emoji64 with SwiftBrush into `out`; write samples.png and report.json there; return the report.
+
+    Raises InputError when `out` is not empty.
+    """
+    out, began = Path(out), time.monotonic()
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; choose another --out, or remove it.")
+    folder = BUILT_IN / TEACHER
+    guidance_scale = json.loads((folder / "onestroke.json").read_text())["guidance_scale"]
+    student = distill(TEACHER, method=METHOD, prompts=folder / "prompts.txt", out=out, **settings)
+    distilled = time.monotonic() - began
+    teacher = load_teacher(TEACHER)
+    prompts = read_prompts(folder / "sheet.txt")
+    columns = {k: draw(prompts, SHEET_SEED) for k, draw in samplers(teacher, student, guidance_scale).items()}
+    sheet(columns, prompts).save(out / "samples.png")
+    report = {
+        "teacher": TEACHER,
+        "method": METHOD,
+        "rounds": student.card["rounds"],
+        "parameters": {
+            "denoiser": sum(p.numel() for p in teacher.net.parameters()),
+            "pipeline": sum(
+                p.numel()
+                for m in teacher.pipeline.components.values()
+                if hasattr(m, "parameters")
+                for p in m.parameters()
+            ),
+        },
+        **measure(teacher, student, folder, count, guidance_scale),
+        "sheet_prompts": prompts,
+        "seconds_distilling": distilled,
+        "seconds_total": time.monotonic() - began,
+        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report

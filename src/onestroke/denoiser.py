@@ -1,0 +1,73 @@
+"""The one seam between methods and networks: a denoiser maps (x_t, t, cond) to an Estimate."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from onestroke.paths import Cond, Estimate, Path, Prediction, like
+
+
+class Denoiser(nn.Module, ABC):
+    """A network on a path. A subclass writes `predict` and nothing else.
+
+    Raises ValueError when the prediction type is singular at an end of the path.
+    """
+
+    def __init__(self, path: Path, prediction: Prediction):
+        super().__init__()
+        path.check(prediction)
+        self.path, self.prediction = path, prediction
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, *D), t (B,) float64 -> the raw network output (B, *D) and the tapped features."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
+        """x (B, *D), t (B,) in [t_min, t_max] -> Estimate, in float32 or wider."""
+        out, features = self.predict(x, t, cond)
+        return self.path.split(x, out, t, self.prediction)._replace(features=features)
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance as a denoiser: null + scale (cond - null); scale 1 is none (arXiv 2207.12598).
+
+    Both halves go through the network in one call of twice the batch. Features are those of the conditional half.
+    """
+
+    def __init__(self, net: nn.Module, scale: float, null: Cond):
+        super().__init__()
+        self.net, self.scale, self.null = net, scale, null
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
+        if self.scale == 1:
+            return self.net(x, t, cond)
+        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+        est = self.net(torch.cat([x, x]), torch.cat([t, t]), both)
+        (yes, no), (yes_eps, no_eps) = est.x0.chunk(2), est.eps.chunk(2)
+        features = tuple(f.chunk(2)[0] for f in est.features)
+        return Estimate(no.lerp(yes, self.scale), no_eps.lerp(yes_eps, self.scale), features)
+
+
+class OnPath(nn.Module):
+    """A denoiser read at the points of another path, by matching the signal-to-noise ratio. Exact."""
+
+    def __init__(self, net: nn.Module, src: Path, dst: Path):
+        super().__init__()
+        self.net, self.src, self.path = net, src, dst
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
+        s = self.src.time_of(self.path.log_snr(t))
+        return self.net(x * like(self.src.ab(s)[0] / self.path.ab(t)[0], x), s, cond)
+
+
+def clone_sharing(net: nn.Module) -> nn.Module:
+    """A copy of the modules over the *same* parameters and buffers: one set of weights in memory.
+
+    Adapters added to the clone leave the original as it was. (Switching one module's adapters instead loses
+    gradients silently: peft clears `requires_grad` of the inactive ones.)
+    """
+    return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})

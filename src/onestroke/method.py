@@ -1,0 +1,140 @@
+"""A distillation method is a generator of turns; the kernel of the training loop plays it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from onestroke.denoiser import Denoiser, Guided
+from onestroke.draws import Draws
+from onestroke.paths import Cond, Path
+from onestroke.sampling import FewStep
+
+
+class Batch(NamedTuple):
+    """What a step sees."""
+
+    noise: Tensor  # (B, *D), standard normal
+    cond: Cond
+    draw: Draws  # every other random number of the step
+    x0: Tensor | None = None  # (B, *D) real latents, for the methods that need them
+
+
+class Turn(NamedTuple):
+    """One optimiser step of one player, on the sum of the named scalar terms."""
+
+    player: str
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method is built from. `teacher` is frozen; `student` and each `copy(role)` start at its weights."""
+
+    teacher: Denoiser
+    student: nn.Module
+    copy: Callable[[str], nn.Module]
+    few: FewStep
+    null: Cond  # the unconditional condition, leading dimension 1
+    guidance_scale: float = 1.0
+
+    @property
+    def path(self) -> Path:
+        return self.few.path
+
+    def guide(self, net: nn.Module) -> nn.Module:
+        """`net` under this run's classifier-free guidance."""
+        return Guided(net, self.guidance_scale, self.null)
+
+
+class Method(nn.Module, ABC):
+    """A distillation algorithm: named players and a generator of turns.
+
+    The class attributes are claims; the contract tests check them. Options are the keyword arguments of __init__.
+
+    Seven rules. (1) One generator: no optimiser, backward, device, rank or logging in it. (2) A player is called only
+    as self.<player>(...), never a submodule of it. (3) To differentiate through a module without training it: `with
+    frozen(m):`, the yield inside. (4) Control flow depends on `step` and `batch.draw.shared()` only; random numbers
+    come from `batch.draw` only. (5) After a yield the weights have moved. (6) Hyper-parameters are keyword arguments
+    with the paper's default. (7) `players`, `needs` and `passes` are true.
+    """
+
+    players: ClassVar[tuple[str, ...]]
+    """Attributes that are trained, in the order of play."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of {"x0", "features", "jvp"}; empty: prompts alone."""
+    paper: ClassVar[str]
+    """Title and arXiv id."""
+    passes: ClassVar[Mapping[str, int]]
+    """Network calls of one batch per round, by role, with guidance on (a guided call counts two)."""
+    max_steps: ClassVar[int] = 1
+    """The largest number of calls of the student that the method can train."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Run settings of the paper, where they differ from the trainer's."""
+
+    @abstractmethod
+    def __init__(self, parts: Parts):
+        super().__init__()
+
+    @abstractmethod
+    def step(self, batch: Batch, step: int) -> Iterator[Turn]:
+        """One round. The weights HAVE moved when the generator resumes after a yield."""
+
+
+_holds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> how many frozen() blocks hold it
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Use modules as functions of their inputs. Keep the yield of the Turn inside: backward must see it too.
+
+    Counted, not saved and restored: with gradient accumulation several generators are inside at once.
+    """
+    params = [p for m in modules for p in m.parameters() if p.requires_grad or p in _holds]
+    for p in params:
+        _holds[p] = _holds.get(p, 0) + 1
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            _holds[p] -= 1
+            if not _holds[p]:
+                del _holds[p]
+                p.requires_grad_(True)
+
+
+def play(
+    method: Method,
+    batches: Sequence[Batch],
+    step: int,
+    update: Callable[[str], None],
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    advance: Callable[[Iterator[Turn]], Turn | None] = lambda game: next(game, None),
+) -> dict[str, float | Tensor]:
+    """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
+
+    Calls `update(player)` once per turn, after the backward of all micro-batches. Returns the mean of every term as
+    "player/term", detached.
+    """
+    games, log = [method.step(batch, step) for batch in batches], {}
+    while True:
+        turns = []
+        for game in games:
+            turn = advance(game)
+            if turn is not None:
+                backward(torch.stack(list(turn.terms.values())).sum() / len(games))
+                turns.append(turn)
+        if not turns:
+            return log
+        (player,) = {turn.player for turn in turns}
+        update(player)
+        for name in turns[0].terms:
+            log[f"{player}/{name}"] = torch.stack([turn.terms[name].detach() for turn in turns]).mean()

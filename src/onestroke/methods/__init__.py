@@ -1,0 +1,56 @@
+"""The methods: one file each, in a folder per family. A method is found by its file; nothing else names it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+from onestroke.errors import unknown
+from onestroke.method import Method
+
+
+def _files() -> dict[str, str]:
+    """Method name (the file's) -> module; '_' in a file name reads '-'."""
+    found = pkgutil.walk_packages(__path__, __name__ + ".")
+    names = ((m.name.rsplit(".", 1)[1], m.name) for m in found if not m.ispkg)
+    return {name.replace("_", "-"): module for name, module in names if not name.startswith("_")}
+
+
+METHODS: dict[str, str] = _files()
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class of this name. Raises InputError, naming the nearest, when there is none."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    module = importlib.import_module(METHODS[name])
+    (cls,) = (
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module.__name__
+    )
+    return cls
+
+
+def options(cls: type[Method]) -> dict[str, object]:
+    """A method's options and their defaults: the keyword arguments of its constructor."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    return {p.name: p.default for p in parameters}
+
+
+def describe(name: str) -> dict[str, object]:
+    """What `onestroke methods` prints of one method."""
+    cls = get_method(name)
+    return {
+        "name": name,
+        "family": METHODS[name].split(".")[-2],
+        "summary": (inspect.getmodule(cls).__doc__ or "").strip().splitlines()[0],
+        "paper": cls.paper,
+        "needs": sorted(cls.needs) or ["prompts"],
+        "max_steps": cls.max_steps,
+        "players": list(cls.players),
+        "passes": dict(cls.passes),
+        "options": options(cls),
+        "defaults": dict(cls.defaults),
+    }

@@ -1,0 +1,41 @@
+"""How a role is made from the teacher: a full copy, or LoRA adapters over the teacher's own frozen weights."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from onestroke.denoiser import clone_sharing
+from onestroke.errors import InputError
+from onestroke.settings import Settings
+
+
+def make_role(net: nn.Module, player: str, settings: Settings) -> nn.Module:
+    """A trainable copy of the frozen denoiser `net` for `player`, as `lora_rank` asks."""
+    rank = settings.of("lora_rank", player, 0)
+    if not rank:
+        return copy.deepcopy(net).requires_grad_(True)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    role = clone_sharing(net)
+    names = {name.rpartition(".")[2] for name, _ in role.named_modules()} | {name for name, _ in role.named_modules()}
+    targets = [t for t in settings.lora_targets if any(n == t or n.endswith("." + t) for n in names)]
+    if not targets:
+        raise InputError(f"none of the lora_targets {settings.lora_targets} is a layer of the teacher's network.")
+    alpha = settings.of("lora_alpha", player, rank)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+    return inject_adapter_in_model(config, role, adapter_name=player)
+
+
+def merged(net: nn.Module) -> nn.Module:
+    """A copy without adapters: their product added to the weights. The shared weights are not touched."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, module.get_base_layer())
+    return net

@@ -1,0 +1,140 @@
+"""The settings of a run, and how `--set key=value` and keyword arguments become them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from onestroke.errors import InputError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the trainer reads. Dictionaries are keyed by player; a player without an entry takes the key "*"."""
+
+    steps: int = 1000
+    """Rounds of the method."""
+    batch_size: int = 16
+    """Samples per micro-batch and process."""
+    accumulate: int = 1
+    """Micro-batches per round."""
+    seed: int = 0
+    student_steps: int = 1
+    """Calls of the student per picture."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the teacher while distilling; 1 is none."""
+    lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
+    betas: dict[str, list[float]] = field(default_factory=lambda: {"*": [0.9, 0.999]})
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Rounds of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+    """Largest gradient norm per player; 0 switches clipping off."""
+    ema: float = 0.999
+    """Decay of the student's average, which is what is saved; 0 switches it off."""
+    lora_rank: dict[str, int] = field(default_factory=dict)
+    """Rank of the LoRA adapters of a player over the teacher's shared frozen weights; absent or 0: a full copy."""
+    lora_alpha: dict[str, int] = field(default_factory=dict)
+    """LoRA scale times rank, per player; absent: the rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Names of the layers that get adapters."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the network passes; "no" is float32."""
+    shard: bool = False
+    """Shard players over the processes (FSDP2) instead of replicating them (DDP)."""
+    gradient_checkpointing: bool = False
+    save_every: int = 500
+    """Rounds between checkpoints; the last round is always saved."""
+    log_with: str = "tensorboard"
+    """An accelerate tracker, or "none"."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "student_steps", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"setting {name}={getattr(self, name)} must be at least 1.")
+        for name in ("seed", "warmup", "weight_decay", "clip", "guidance_scale"):
+            if getattr(self, name) < 0:
+                raise InputError(f"setting {name}={getattr(self, name)} must not be negative.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
+
+    def of(self, name: str, player: str, default: Any = None) -> Any:
+        """The entry of a per-player setting."""
+        table = getattr(self, name)
+        return table.get(player, table.get("*", default))
+
+
+HINTS = get_type_hints(Settings)
+FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
+
+
+def parse(pairs: list[str]) -> dict[str, Any]:
+    """["lr.student=1e-5", "lo=0.1"] -> {"lr": {"student": 1e-5}, "lo": 0.1}. Values are JSON, or plain words."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or not key.strip():
+            raise InputError(f"setting {pair!r} is not of the form key=value, for example --set lr.student=1e-5.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = {"True": True, "False": False}.get(text, text)
+        head, dot, player = key.strip().partition(".")
+        if dot:
+            found.setdefault(head, {})[player] = value
+        else:
+            found[head] = value
+    return found
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind` (int, float, bool, str, a Literal or dict[str, ...]), or InputError."""
+    choices = get_args(kind)
+    ok = value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        ok = float(value)
+    if getattr(kind, "__origin__", None) is dict:
+        table = value if isinstance(value, Mapping) else {"*": value}
+        return {k: _typed(f"{name}.{k}", v, choices[1]) for k, v in table.items()}
+    if getattr(kind, "__origin__", None) is list:
+        if isinstance(value, (list, tuple)):
+            return [_typed(name, v, choices[0]) for v in value]
+        raise InputError(f"setting {name}={value!r} must be a list of {choices[0].__name__}.")
+    if choices:
+        if value in choices:
+            return value
+        raise InputError(f"setting {name}={value!r} must be one of {', '.join(map(str, choices))}.")
+    if not isinstance(ok, kind) or (isinstance(ok, bool) and kind is not bool):
+        raise InputError(f"setting {name}={value!r} must be of type {kind.__name__}.")
+    return ok
+
+
+def resolve(
+    given: Mapping[str, Any], options: Mapping[str, Any], players: tuple[str, ...], *layers: Mapping[str, Any]
+) -> tuple[Settings, dict[str, Any]]:
+    """Split `given` into trainer settings and method options, over the default `layers` (later ones win).
+
+    Raises InputError for a key that is neither (naming the nearest), a wrong type, or a player that does not exist.
+    """
+    run: dict[str, Any] = {}
+    method: dict[str, Any] = {}
+    for layer in (*layers, given):
+        for key, value in layer.items():
+            if key in FIELDS:
+                value = _typed(key, value, HINTS[key])
+                if isinstance(value, dict):
+                    for player in value:
+                        if player not in (*players, "*"):
+                            raise unknown(f"player in setting {key!r}", player, (*players, "*"))
+                    value = ({} if "*" in value else run.get(key, {})) | value
+                run[key] = value
+            elif key in options:
+                default = options[key]
+                method[key] = _typed(key, value, type(default)) if isinstance(default, (int, float, str)) else value
+            else:
+                raise unknown("setting", key, (*FIELDS, *options))
+    return Settings(**run), method

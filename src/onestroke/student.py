@@ -1,0 +1,96 @@
+"""A distilled student: written as an ordinary diffusers pipeline, read back, and called."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from onestroke.errors import InputError
+from onestroke.paths import Cond
+from onestroke.roles import merged
+from onestroke.sampling import FewStep
+from onestroke.teachers.pipeline import PipelineTeacher, UNetDenoiser, inspect_folder
+
+CARD = "onestroke.json"
+
+
+class SeededNoise:
+    """Noise per picture: picture i of seed s comes from generator s + i, whatever the batch.
+
+    The numbers are those of a diffusers pipeline called with `generator=[Generator().manual_seed(s + i), ...]`.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+    def normal(self, like: Tensor | tuple[int, ...]) -> Tensor:
+        """Standard normal like a tensor (B, *D), or of a shape (*D)."""
+        shape = like if isinstance(like, tuple) else tuple(like.shape[1:])
+        rows = torch.cat([torch.randn((1, *shape), generator=g) for g in self.generators])
+        return rows if isinstance(like, tuple) else rows.to(like)
+
+
+def save_student(teacher: PipelineTeacher, net: UNetDenoiser, few: FewStep, out: Path, card: dict[str, Any]) -> None:
+    """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
+    pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
+    pipeline.save_pretrained(out, safe_serialization=True)
+    (out / CARD).write_text(json.dumps({**card, "student_steps": len(few.times)}, indent=2) + "\n")
+
+
+class Student:
+    """A distilled generator. Call it with prompts; it returns PIL images.
+
+    Attributes: model, the pipeline as a denoiser; few, how it is called; card, what was written at training.
+    """
+
+    def __init__(self, model: PipelineTeacher, card: dict[str, Any]):
+        self.model, self.card = model, card
+        self.few = FewStep(model.path, model.path.grid(card["student_steps"]))
+
+    def to(self, device: torch.device | str) -> Student:
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def latents(self, cond: Cond, seed: int = 0, steps: int | None = None) -> Tensor:
+        """x0 (B, C, H, W) by the sampler the student was trained with."""
+        noise = SeededNoise(len(next(iter(cond.values()))), seed)
+        few = self.few if steps is None else FewStep(self.model.path, self.model.path.grid(steps))
+        return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
+
+    def __call__(
+        self, prompts: str | list[str], seed: int = 0, steps: int | None = None, batch_size: int = 64
+    ) -> list[Image.Image]:
+        """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        images = []
+        for i in range(0, len(prompts), batch_size):
+            cond = self.model.encode(prompts[i : i + batch_size])
+            images += to_pil(self.model.decode(self.latents(cond, seed + i, steps)))
+        return images
+
+
+def load_student(folder: str | Path) -> Student:
+    """Read a student written by `distill`. Raises InputError for a folder that is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; give the --out of a finished `onestroke distill`.")
+    if not (folder / CARD).exists():
+        raise InputError(f"{folder} holds no {CARD}: it is no student, or its run has not finished.")
+    card = json.loads((folder / CARD).read_text())
+    if "student_steps" not in card:
+        raise InputError(f"{folder} is a teacher, not a student; use load_teacher.")
+    inspect_folder(folder)
+    return Student(PipelineTeacher.load(folder), copy.deepcopy(card))
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [0, 1] -> PIL."""
+    pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]

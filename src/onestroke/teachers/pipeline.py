@@ -1,0 +1,158 @@
+"""Teachers that are diffusers pipelines: the Stable Diffusion UNet family with a CLIP text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from onestroke.denoiser import Denoiser
+from onestroke.errors import InputError
+from onestroke.paths import Cond, Prediction, Table
+from onestroke.sampling import FewStep
+
+PREDICTION: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SUPPORTED = ("StableDiffusionPipeline",)
+
+
+class UNetDenoiser(Denoiser):
+    """A UNet2DConditionModel on a discrete schedule. cond["text"] (B, L, E)."""
+
+    path: Table
+
+    def __init__(self, unet: nn.Module, path: Table, prediction: Prediction):
+        super().__init__(path, prediction)
+        self.unet = unet
+
+    def predict(self, x, t, cond):
+        index = (t * (self.path.num_timesteps - 1)).to(torch.float32)
+        dtype = next(self.unet.parameters()).dtype
+        text = cond["text"].to(dtype)
+        return self.unet(x.to(dtype), index, encoder_hidden_states=text, return_dict=False)[0], ()
+
+
+def table_of(scheduler_config: dict[str, Any]) -> Table:
+    """The path that a diffusers scheduler's own config declares: betas, rescaling to zero terminal SNR and all."""
+    scheduler = DDPMScheduler.from_config(scheduler_config)
+    return Table(alphas_cumprod=tuple(scheduler.alphas_cumprod.double().tolist()))
+
+
+def inspect_folder(folder: Path) -> None:
+    """Refuse what cannot be read, from the small files alone. Raises InputError."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise InputError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
+    try:
+        declared = json.loads(index.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{index} is not valid JSON ({error}).") from None
+    name = declared.get("_class_name")
+    if name not in SUPPORTED:
+        raise InputError(f"{folder} is a {name}; onestroke reads {', '.join(SUPPORTED)}.")
+    for part in NEEDED:
+        if not declared.get(part, [None])[0] or not (folder / part).is_dir():
+            raise InputError(f"{folder} lacks the component {part!r}; a {name} needs {', '.join(NEEDED)}.")
+        if part in ("tokenizer", "scheduler"):
+            continue
+        if not list((folder / part).glob("*.safetensors")):
+            pickles = [
+                p.name for p in (folder / part).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+            ]
+            found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
+            raise InputError(f"{folder / part} holds {found}; save the pipeline with safe_serialization=True.")
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type", "epsilon")
+    if kind not in PREDICTION:
+        raise InputError(f"{folder} predicts {kind!r}; onestroke reads {', '.join(PREDICTION)}.")
+
+
+class PipelineTeacher:
+    """A diffusers pipeline as a teacher: a denoiser on a path, prompts to conditions, latents to images.
+
+    Attributes: name; pipeline; net, the frozen denoiser; null, the unconditional condition; shape (C, H, W) of one
+    latent.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, name: str):
+        self.pipeline, self.name = pipeline, name
+        path = table_of(dict(pipeline.scheduler.config))
+        prediction = PREDICTION[pipeline.scheduler.config.prediction_type]
+        try:
+            self.net = UNetDenoiser(pipeline.unet, path, prediction).requires_grad_(False).eval()
+        except ValueError as error:
+            raise InputError(f"teacher {name!r}: {error}") from None
+        size = pipeline.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (pipeline.unet.config.in_channels, height, width)
+        self.null = self.encode([""])
+
+    @classmethod
+    def load(cls, source: str | Path, name: str | None = None) -> PipelineTeacher:
+        """From a folder or a hub id. Raises InputError as `load_teacher`."""
+        if isinstance(source, Path):
+            inspect_folder(source)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        except OSError as error:
+            raise InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+        if type(pipeline).__name__ not in SUPPORTED:
+            raise InputError(f"{source} is a {type(pipeline).__name__}; onestroke reads {', '.join(SUPPORTED)}.")
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, name or str(source))
+
+    @property
+    def path(self) -> Table:
+        return self.net.path
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def to(self, device: torch.device | str) -> PipelineTeacher:
+        self.pipeline.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], batch_size: int = 256) -> Cond:
+        """Prompts -> {"text": (N, L, E)}, by the pipeline's own encode_prompt, every distinct prompt once."""
+        distinct = list(dict.fromkeys(prompts))
+        parts = [
+            self.pipeline.encode_prompt(distinct[i : i + batch_size], self.pipeline.device, 1, False)[0]
+            for i in range(0, len(distinct), batch_size)
+        ]
+        rows = {p: i for i, p in enumerate(distinct)}
+        return {"text": torch.cat(parts)[torch.tensor([rows[p] for p in prompts])]}
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
+        vae = self.pipeline.vae
+        latents = x0.to(vae.dtype) / vae.config.scaling_factor
+        return vae.decode(latents, return_dict=False)[0].float().div(2).add(0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, prompts: list[str], steps: int, guidance_scale: float) -> Tensor:
+        """The pipeline's own sampler from `noise` (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
+        out = self.pipeline(
+            prompts, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise, output_type="pt"
+        )
+        return out.images.float()
+
+    def student_pipeline(self, net: UNetDenoiser, few: FewStep) -> StableDiffusionPipeline:
+        """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
+        steps, count = len(few.times), self.path.num_timesteps
+        if few.start != "unit" or few.times != self.path.grid(steps):
+            raise InputError(f"times {few.times} from {few.start!r} noise have no standard scheduler.")
+        scheduler = LCMScheduler.from_config(
+            self.pipeline.scheduler.config,
+            original_inference_steps=8 if 8 % steps == 0 and count % 8 == 0 else steps,
+            clip_sample=False,
+            thresholding=False,
+        )
+        return type(self.pipeline)(
+            **{**self.pipeline.components, "unet": net.unet, "scheduler": scheduler}, requires_safety_checker=False
+        )

@@ -1,0 +1,206 @@
+"""Does a method find the truth? Distil an exact teacher from a fitted net, and measure against its own samples."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestroke import terms, times
+from onestroke.denoiser import Denoiser
+from onestroke.draws import Draws
+from onestroke.errors import InputError
+from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.methods import get_method, options
+from onestroke.paths import Path, Prediction, like
+from onestroke.sampling import FewStep
+from onestroke.settings import Settings, resolve
+from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.train import Data, Trainer
+
+SAMPLES = 20_000
+DEFAULTS: dict[str, Any] = {
+    "steps": 1_000_000,
+    "batch_size": 1024,
+    "lr": {"*": 1e-3},
+    "betas": {"*": [0.0, 0.99]},
+    "decay": "cosine",
+    "clip": 10.0,
+    "ema": 0.995,
+    "guidance_scale": 1.0,
+    "lora_rank": {"*": 0},
+    "log_with": "none",
+}
+
+
+class Net(Denoiser):
+    """A small residual MLP with labels: the stand-in for a UNet where the teacher is exact.
+
+    Input and, for x0 prediction, output are preconditioned as in EDM (arXiv 2206.00364, table 1) with sigma_data.
+    """
+
+    def __init__(self, path: Path, prediction: Prediction, dim: int, classes: int, sigma_data: float, width: int = 128):
+        super().__init__(path, prediction)
+        self.sigma_data = sigma_data
+        self.embed = nn.Embedding(classes + 1, width)  # row 0 is label -1, every class
+        self.time, self.enter = nn.Linear(17, width), nn.Linear(dim, width)
+        self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.leave = nn.Linear(width, dim)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def predict(self, x, t, cond):
+        a, b = (c.to(x) for c in self.path.ab(t))
+        level = torch.atan2(b, a * self.sigma_data)  # 0 .. pi / 2, smooth through both ends
+        waves = torch.arange(1, 5, device=x.device) * level[:, None] * 2
+        noise = b.clamp_min(1e-4).log() - a.clamp_min(1e-4).log()
+        waves2 = noise[:, None] * torch.tensor([0.25, 0.5, 1.0, 2.0], device=x.device)
+        seen = torch.cat([waves.sin(), waves.cos(), waves2.sin(), waves2.cos(), noise[:, None] / 4], 1).to(x)
+        std = torch.hypot(a * self.sigma_data, b)
+        h = self.enter(x / like(std, x)) + self.time(seen) + self.embed(cond["label"] + 1)
+        for layer in self.body:
+            h = h + layer(nn.functional.silu(h))
+        out = self.leave(nn.functional.silu(h))
+        if self.prediction == "x0":
+            skip, gain = a * self.sigma_data**2 / std**2, b * self.sigma_data / std
+            return like(skip, x) * x + like(gain, x) * out, (h,)
+        p, q = self.path.basis(t, self.prediction)
+        return out * like((self.sigma_data**2 * p**2 + q**2).sqrt(), x), (h,)
+
+
+class Fit(Method):
+    """Regress a net onto the exact teacher: how the fitted starting point is made."""
+
+    players, paper, passes = ("net",), "none", {"net": 1, "teacher": 1}
+
+    def __init__(self, net: Denoiser, teacher: GaussianMixture):
+        nn.Module.__init__(self)
+        self.net, self.teacher, self.path = net, teacher, net.path
+
+    def step(self, batch: Batch, step: int):
+        t = times.uniform(batch.draw, self.path)
+        x0 = self.teacher.means[:1] + batch.draw.normal(batch.noise) if batch.x0 is None else batch.x0
+        xt = self.path.mix(x0, batch.noise, t)
+        with torch.no_grad():
+            exact = self.teacher(xt, t, batch.cond)
+            target = self.path.join(exact.x0, exact.eps, t, self.net.prediction)
+            p, q = self.path.basis(t, self.net.prediction)
+            a, b = self.path.ab(t)
+            scale = (self.net.sigma_data**2 * p**2 + q**2).rsqrt()
+            if self.net.prediction == "x0":
+                scale = torch.hypot(a * self.net.sigma_data, b) / (b * self.net.sigma_data)
+        est = self.net(xt, t, batch.cond)
+        out = self.path.join(est.x0, est.eps, t, self.net.prediction)
+        yield Turn("net", {"fit": terms.reduced((like(scale, out) * (out - target)).square(), "mean")})
+
+
+def sliced_w2(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance of two samples (N, D) of the same size, over fixed random directions."""
+    if len(x) != len(y):
+        raise ValueError(f"sliced_w2 compares samples of one size, got {len(x)} and {len(y)}.")
+    directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    directions = directions / directions.norm(dim=0)
+    return ((x @ directions).sort(0).values - (y @ directions).sort(0).values).square().mean().sqrt().item()
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """What `converge` measured. Distances are sliced-W2 of SAMPLES one- or few-step samples to as many true ones."""
+
+    sliced_w2: float
+    floor: float  # between two true samples of the same size
+    start: float  # of the fitted net at the same number of steps, before distilling
+    per_label: dict[int, float]
+    mode_weights: list[float]  # the part of the samples nearest to each component
+    true_weights: list[float]
+    rounds: int
+    seconds: float  # of fitting, distilling and measuring
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _data(teacher: GaussianMixture, seed: int, null_rate: float = 0.1, count: int = 65_536) -> Data:
+    generator = torch.Generator().manual_seed(seed + 1)
+    share = torch.stack([teacher.weights[teacher.labels == c].sum() for c in teacher.classes])
+    label = teacher.classes[torch.multinomial(share, count, replacement=True, generator=generator)]
+    x0 = teacher.sample(label, generator)
+    label = torch.where(torch.rand(count, generator=generator) < null_rate, -1, label)
+    return Data(teacher.shape, {"label": label}, x0)
+
+
+def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: int = 0) -> Net:
+    """A small net regressed onto the teacher for `seconds`."""
+    torch.manual_seed(seed)
+    data = _data(teacher, seed, 0.2)
+    sigma_data = data.x0.square().mean().sqrt().item()
+    net = Net(teacher.path, prediction, teacher.shape[0], int(teacher.labels.max()) + 1, sigma_data).to(teacher.means)
+    settings = {**DEFAULTS, "lr": {"*": 3e-3}, "betas": {"*": [0.9, 0.99]}, "seed": seed}
+    trainer = Trainer(Fit(net, teacher), data, Settings(**settings))
+    trainer.run(seconds)
+    return trainer.finish()
+
+
+@torch.no_grad()
+def converge(
+    method: str,
+    teacher: GaussianMixture,
+    *,
+    prediction: Prediction = "x0",
+    student_steps: int = 1,
+    seconds: float = 60,
+    seed: int = 0,
+    **settings: Any,
+) -> Convergence:
+    """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
+
+    prediction: of the small net, on the teacher's path. settings: as in `distill` (trainer settings and options of the
+    method). A fifth of the time goes to the fit. Raises InputError for an unknown method or setting.
+    """
+    began = time.monotonic()
+    cls = get_method(method)
+    if student_steps > cls.max_steps:
+        raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
+    layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS)
+    run, chosen = resolve(settings, options(cls), cls.players, *layers)
+    with torch.enable_grad():
+        net = fit(teacher, prediction, 0.2 * seconds, seed)
+        few = FewStep(teacher.path, teacher.path.grid(student_steps))
+        parts = Parts(
+            teacher, copy.deepcopy(net), lambda role: copy.deepcopy(net), few, teacher.null, run.guidance_scale
+        )
+        trainer = Trainer(cls(parts, **chosen), _data(teacher, seed), run)
+        trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
+    student = trainer.finish()
+
+    generator = torch.Generator().manual_seed(seed + 2)
+    share = torch.stack([teacher.weights[teacher.labels == c].sum() for c in teacher.classes])
+    label = teacher.classes[torch.multinomial(share, SAMPLES, replacement=True, generator=generator)]
+    truth, again = teacher.sample(label, generator), teacher.sample(label, generator)
+    noise, cond = torch.randn(truth.shape, generator=generator).to(truth), {"label": label}
+
+    def draw(model: nn.Module) -> Tensor:
+        return few.sample(model, noise, cond, Draws(seed + 3, 0, SAMPLES))
+
+    x, before = draw(student), draw(net)
+    modes = torch.bincount(teacher.nearest(x), minlength=len(teacher.means)) / SAMPLES
+    return Convergence(
+        sliced_w2=sliced_w2(x, truth),
+        floor=sliced_w2(again, truth),
+        start=sliced_w2(before, truth),
+        per_label={int(c): sliced_w2(x[label == c], truth[label == c]) for c in teacher.classes},
+        mode_weights=[round(w, 4) for w in modes.tolist()],
+        true_weights=[round(w, 4) for w in teacher.weights.tolist()],
+        rounds=trainer.round,
+        seconds=time.monotonic() - began,
+    )
+
+
+def ring(path: Path, modes: int = 8, radius: float = 1.0, std: float = 0.1) -> GaussianMixture:
+    """The labelled ring of Gaussians: `modes` components of deviation `std` on a circle, each its own class."""
+    angle = torch.arange(modes) * (2 * torch.pi / modes)
+    return GaussianMixture(path, radius * torch.stack([angle.cos(), angle.sin()], 1), std, labels=torch.arange(modes))
