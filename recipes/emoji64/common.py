@@ -81,7 +81,7 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz for weights of two and more axes; Adam for the others and the embeddings.
+    """Momentum orthogonalised by Newton-Schulz for weights of two and more axes; Adam for the others.
 
     Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024), with the update scaled to Adam's
     root mean square (0.2 sqrt(max(m, n))) as in arXiv 2502.16982, so that both parts share one learning rate.

@@ -7,8 +7,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onestroke.run import distill
     from onestroke.errors import DivergedError, ExportError, InputError, OnestrokeError
+    from onestroke.run import distill
     from onestroke.student import load_student
     from onestroke.teachers import load_teacher
 

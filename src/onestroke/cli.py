@@ -93,12 +93,12 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Machine-readab
         print(json.dumps(rows, indent=2))
         return
     table = Table("method", "family", "paper", "needs", "steps", "players", "network passes per round")
+    table.columns[0].no_wrap = True
     for row in rows:
         passes = ", ".join(f"{k} {v}" for k, v in row["passes"].items())
         upto = "1" if row["max_steps"] == 1 else f"1-{row['max_steps']}"
-        table.add_row(
-            row["name"], row["family"], row["paper"], ", ".join(row["needs"]), upto, ", ".join(row["players"]), passes
-        )
+        needs, players = ", ".join(row["needs"]), ", ".join(row["players"])
+        table.add_row(row["name"], row["family"], row["paper"], needs, upto, players, passes)
     console.print(table)
 
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from onestroke import metrics
-from onestroke.run import distill, read_prompts
 from onestroke.errors import InputError
+from onestroke.run import distill, read_prompts
 from onestroke.student import SeededNoise, Student, to_pil
 from onestroke.teachers import BUILT_IN, load_teacher
 from onestroke.teachers.pipeline import PipelineTeacher
@@ -103,19 +103,12 @@ def demo(out: str | Path = "runs/demo", count: int = 500, **settings: Any) -> di
     prompts = read_prompts(folder / "sheet.txt")
     columns = {k: draw(prompts, SHEET_SEED) for k, draw in samplers(teacher, student, guidance_scale).items()}
     sheet(columns, prompts).save(out / "samples.png")
+    modules = {k: m for k, m in teacher.components.items() if isinstance(m, torch.nn.Module)}
     report = {
         "teacher": TEACHER,
         "method": METHOD,
         "rounds": student.card["rounds"],
-        "parameters": {
-            "denoiser": sum(p.numel() for p in teacher.net.parameters()),
-            "pipeline": sum(
-                p.numel()
-                for m in teacher.pipeline.components.values()
-                if hasattr(m, "parameters")
-                for p in m.parameters()
-            ),
-        },
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
         **measure(teacher, student, folder, count, guidance_scale),
         "sheet_prompts": prompts,
         "seconds_distilling": distilled,

@@ -118,13 +118,14 @@ def play(
     update: Callable[[str], None],
     backward: Callable[[Tensor], None] = Tensor.backward,
     advance: Callable[[Iterator[Turn]], Turn | None] = lambda game: next(game, None),
-) -> dict[str, float | Tensor]:
+) -> dict[str, Tensor]:
     """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
 
     Calls `update(player)` once per turn, after the backward of all micro-batches. Returns the mean of every term as
     "player/term", detached.
     """
-    games, log = [method.step(batch, step) for batch in batches], {}
+    games = [method.step(batch, step) for batch in batches]
+    log: dict[str, Tensor] = {}
     while True:
         turns = []
         for game in games:

@@ -12,7 +12,7 @@ class Progress:
     """A rich progress bar; `quiet` shows nothing."""
 
     def __init__(self, total: int, images: int, quiet: bool):
-        self.images, self.since, self.at = images, time.monotonic(), None
+        self.images, self.since, self.at = images, time.monotonic(), -1
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,7 +31,7 @@ class Progress:
         self.bar.stop()
 
     def show(self, done: int, log: dict[str, float]) -> None:
-        if self.at is None:
+        if self.at < 0:
             self.since, self.at = time.monotonic(), done
         rate = (done - self.at) * self.images / max(time.monotonic() - self.since, 1e-9)
         losses = "  ".join(f"{k} {v:.3g}" for k, v in log.items())

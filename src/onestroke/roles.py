@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from torch import nn
 
 from onestroke.denoiser import clone_sharing
 from onestroke.errors import InputError
 from onestroke.settings import Settings
+
+Role = TypeVar("Role", bound=nn.Module)
 
 
 def make_role(net: nn.Module, player: str, settings: Settings) -> nn.Module:
@@ -28,7 +31,7 @@ def make_role(net: nn.Module, player: str, settings: Settings) -> nn.Module:
     return inject_adapter_in_model(config, role, adapter_name=player)
 
 
-def merged(net: nn.Module) -> nn.Module:
+def merged(net: Role) -> Role:
     """A copy without adapters: their product added to the weights. The shared weights are not touched."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from onestroke.paths import Cond, Path, like
-from onestroke.draws import Draws
+
+
+class Noise(Protocol):
+    """A source of fresh standard-normal noise in the shape of a tensor (B, *D)."""
+
+    def normal(self, like: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class FewStep:
         a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64, device=noise.device))
         return noise * like(torch.hypot(a, b) if self.start == "unit" else b, noise)
 
-    def sample(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Draws | None = None, upto: int | None = None):
+    def sample(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
         """x0 (B, *D) after call number `upto` (default: the last).
 
         With `upto`, only that call records gradient (backward simulation, DMD2 section 4.5). `draw` gives the fresh

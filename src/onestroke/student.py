@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestroke.errors import InputError
 from onestroke.paths import Cond
 from onestroke.roles import merged
 from onestroke.sampling import FewStep
-from onestroke.teachers.pipeline import PipelineTeacher, UNetDenoiser, inspect_folder
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder
 
 CARD = "onestroke.json"
 
@@ -36,7 +36,7 @@ class SeededNoise:
         return rows if isinstance(like, tuple) else rows.to(like)
 
 
-def save_student(teacher: PipelineTeacher, net: UNetDenoiser, few: FewStep, out: Path, card: dict[str, Any]) -> None:
+def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path, card: dict[str, Any]) -> None:
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)

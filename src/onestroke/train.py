@@ -193,6 +193,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoints/<round>: per player its weights and optimiser, the student's average, and the round."""
+        assert self.folder is not None, "saving needs a folder"
         tensors, scalars = {}, {}
         for player in self.method.players:
             weights, optim = self._state(player)
@@ -265,7 +266,11 @@ def sharded(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     still = {p for p in module.parameters() if not p.requires_grad}
-    return fully_shard(module, ignored_params=still) if still else fully_shard(module)
+    if still:
+        fully_shard(module, ignored_params=still)
+    else:
+        fully_shard(module)
+    return module
 
 
 def read_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -77,14 +77,16 @@ class Fit(Method):
 
     players, paper, passes = ("net",), "none", {"net": 1, "teacher": 1}
 
-    def __init__(self, net: Denoiser, teacher: GaussianMixture):
+    net: Net
+
+    def __init__(self, net: Net, teacher: GaussianMixture):
         nn.Module.__init__(self)
         self.net, self.teacher, self.path = net, teacher, net.path
 
     def step(self, batch: Batch, step: int):
         t = times.uniform(batch.draw, self.path)
-        x0 = self.teacher.means[:1] + batch.draw.normal(batch.noise) if batch.x0 is None else batch.x0
-        xt = self.path.mix(x0, batch.noise, t)
+        assert batch.x0 is not None
+        xt = self.path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             exact = self.teacher(xt, t, batch.cond)
             target = self.path.join(exact.x0, exact.eps, t, self.net.prediction)
@@ -137,12 +139,14 @@ def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: 
     """A small net regressed onto the teacher for `seconds`."""
     torch.manual_seed(seed)
     data = _data(teacher, seed, 0.2)
+    assert data.x0 is not None
     sigma_data = data.x0.square().mean().sqrt().item()
     net = Net(teacher.path, prediction, teacher.shape[0], int(teacher.labels.max()) + 1, sigma_data).to(teacher.means)
     settings = {**DEFAULTS, "lr": {"*": 3e-3}, "betas": {"*": [0.9, 0.99]}, "seed": seed}
     trainer = Trainer(Fit(net, teacher), data, Settings(**settings))
     trainer.run(seconds)
-    return trainer.finish()
+    trainer.finish()
+    return net
 
 
 @torch.no_grad()

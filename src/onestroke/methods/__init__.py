@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from typing import Any
 
 from onestroke.errors import unknown
 from onestroke.method import Method
@@ -39,7 +40,7 @@ def options(cls: type[Method]) -> dict[str, object]:
     return {p.name: p.default for p in parameters}
 
 
-def describe(name: str) -> dict[str, object]:
+def describe(name: str) -> dict[str, Any]:
     """What `onestroke methods` prints of one method."""
     cls = get_method(name)
     return {

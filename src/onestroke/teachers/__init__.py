@@ -37,7 +37,7 @@ def locate(name_or_path: str | Path) -> str | Path:
         raise InputError(f"teacher {name!r} is a file; give a diffusers pipeline folder, a hub id or a built-in name.")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
         return name
-    raise unknown("teacher (no such folder, hub id or built-in teacher)", name, built_in() or {"a pipeline folder": 0})
+    raise unknown("teacher (no such folder, hub id or built-in teacher)", name, built_in())
 
 
 def load_teacher(name_or_path: str | Path) -> PipelineTeacher:

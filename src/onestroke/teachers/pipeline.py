@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
 from torch import Tensor, nn
 
 from onestroke.denoiser import Denoiser
@@ -77,7 +77,7 @@ class PipelineTeacher:
     latent.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, name: str):
+    def __init__(self, pipeline: Any, name: str):
         self.pipeline, self.name = pipeline, name
         path = table_of(dict(pipeline.scheduler.config))
         prediction = PREDICTION[pipeline.scheduler.config.prediction_type]
@@ -103,6 +103,11 @@ class PipelineTeacher:
             raise InputError(f"{source} is a {type(pipeline).__name__}; onestroke reads {', '.join(SUPPORTED)}.")
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, name or str(source))
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts by name."""
+        return dict(self.pipeline.components)
 
     @property
     def path(self) -> Table:
@@ -142,7 +147,7 @@ class PipelineTeacher:
         )
         return out.images.float()
 
-    def student_pipeline(self, net: UNetDenoiser, few: FewStep) -> StableDiffusionPipeline:
+    def student_pipeline(self, net: nn.Module, few: FewStep) -> Any:
         """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
         steps, count = len(few.times), self.path.num_timesteps
         if few.start != "unit" or few.times != self.path.grid(steps):
@@ -154,5 +159,5 @@ class PipelineTeacher:
             thresholding=False,
         )
         return type(self.pipeline)(
-            **{**self.pipeline.components, "unet": net.unet, "scheduler": scheduler}, requires_safety_checker=False
+            **{**self.components, "unet": net.unet, "scheduler": scheduler}, requires_safety_checker=False
         )
