@@ -62,11 +62,13 @@ def arguments(stage: str, steps: int, **more) -> argparse.Namespace:
     return args
 
 
-def schedule(step: int, steps: int, warmup: int = 200, floor: float = 0.01) -> float:
-    """Linear warm-up, then cosine decay to `floor`."""
+def schedule(step: int, steps: int, hold: float, warmup: int = 200, floor: float = 0.01) -> float:
+    """Linear warm-up, constant for the part `hold` of the run, then cosine decay to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    start = max(warmup, hold * steps)
+    done = max(0.0, (step - start) / max(1.0, steps - start))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
@@ -125,6 +127,7 @@ def train(
     weight_decay: float = 0.01,
     ema: float = 0.999,
     clip: float = 1.0,
+    hold: float = 0.0,
     every: int = 500,
     report: Callable[[], Iterable[str]] = tuple,
 ) -> None:
@@ -151,7 +154,7 @@ def train(
         torch.manual_seed(step)
         np.random.seed(step)
         for group in optim.param_groups:
-            group["lr"] = lr * schedule(step, steps)
+            group["lr"] = lr * schedule(step, steps, hold)
         value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(params.values(), clip)

@@ -101,7 +101,7 @@ def jittered(images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=1_200, batch=256)
+    args = arguments(__doc__, steps=600, batch=256)
     images, rows, out = load_data(args.data)
     captions = [caption(r) for r in rows]
     tokenizer = make_tokenizer([c for c, o in zip(captions, out, strict=True) if not o])

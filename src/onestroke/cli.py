@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from onestroke.errors import OnestrokeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 @app.callback()
@@ -39,7 +40,7 @@ def demo(
             table.add_row(name, f"{figures[0]:.4f}", f"{figures[1]:.3f}", f"{figures[2]:.1f}")
     console.print(table)
     console.print(f"real against real KID {report['kid_floor']:.4f}; {report['seconds_total']:.0f} s in all")
-    console.print(f"pictures: {out / 'samples.png'}   figures: {out / 'report.json'}   pipeline: {out}")
+    print(f"pictures: {out / 'samples.png'}   figures: {out / 'report.json'}   pipeline: {out}")
 
 
 @app.command()
@@ -60,10 +61,10 @@ def distill(
     from onestroke.run import distill as run
     from onestroke.settings import parse
 
-    given = parse(set_ or []) | {"seed": seed}
+    given = {"seed": seed} | parse(set_ or [])
     given |= {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
     run(teacher, method=method, prompts=prompts, out=out, resume=resume, **given)
-    console.print(f"student: {out}")
+    print(f"student: {out}")
 
 
 @app.command()
@@ -80,7 +81,7 @@ def sample(
     from onestroke.sample import sample as run
 
     run(model, prompts, steps=steps, count=count, seed=seed, guidance_scale=guidance_scale, out=out)
-    console.print(f"pictures: {out}")
+    print(f"pictures: {out}")
 
 
 @app.command()
@@ -132,9 +133,10 @@ def main() -> None:
     """Run the command line; what a user can mend is one line on stderr and exit code 2."""
     quiet()
     try:
-        app()
-    except OnestrokeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except (OnestrokeError, UsageError) as error:
+        message = error.format_message() if isinstance(error, UsageError) else str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

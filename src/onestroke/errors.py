@@ -9,7 +9,10 @@ OnestrokeError
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class OnestrokeError(Exception):
@@ -26,6 +29,19 @@ class DivergedError(OnestrokeError):
 
 class ExportError(OnestrokeError):
     """A written artefact does not reproduce the training sampler."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError when it is missing or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path} is missing or cannot be read.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object.")
+    return found
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> InputError:

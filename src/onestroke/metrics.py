@@ -43,6 +43,12 @@ class LiteFeatures(nn.Module):
         return torch.cat([self(part) for part in images.split(batch_size)])
 
 
+def psnr(images: Tensor, reference: Tensor) -> tuple[float, float]:
+    """PSNR in dB of images (N, 3, H, W) in [0, 1]: the mean of the images' own, and that of the pooled error."""
+    error = (images.clamp(0, 1) - reference).square().flatten(1).mean(1)
+    return (-10 * error.log10()).mean().item(), (-10 * error.mean().log10()).item()
+
+
 def kid(features: Tensor, reference: Tensor) -> float:
     """Kernel inception distance (cubic kernel, unbiased; arXiv 1801.01401) of two feature sets (N, D), (M, D)."""
     from torchmetrics.image.kid import poly_kernel

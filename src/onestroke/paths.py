@@ -109,7 +109,7 @@ class Path(ABC):
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
         (a, b), (p, q) = self.ab(ends), self.basis(ends, prediction)
         for t, det in zip(ends.tolist(), (a * q - b * p).tolist(), strict=True):
-            if not abs(det) >= 1e-5:
+            if not 1e-5 <= abs(det) < math.inf:
                 raise ValueError(
                     f"{prediction!r} prediction is singular on {self!r} at t={t:g}: x0 and eps cannot be recovered. "
                     "Move t_min or t_max inside (0, 1), or use another prediction type."
@@ -174,7 +174,7 @@ class Table(Path):
     def grid(self, steps):
         """The grid of diffusers' LCMScheduler: 999, 749, 499, 249 for four steps of a thousand."""
         stride = self.num_timesteps // steps
-        return tuple((stride * (steps - i) - 1) / (self.num_timesteps - 1) for i in range(steps))
+        return tuple(min((stride * (steps - i) - 1) / (self.num_timesteps - 1), self.t_max) for i in range(steps))
 
     def snap(self, t):
         last = self.num_timesteps - 1

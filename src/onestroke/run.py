@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onestroke.errors import InputError
+from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
@@ -81,16 +81,18 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise InputError(f"{out} is not empty; choose another --out, or continue its run with --resume.")
+        if file := next((p for p in out.parents if p.is_file()), None):
+            raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
         return
     if not known.is_file():
         raise InputError(f"{out} holds no run to resume (no recipe.json); start without --resume.")
-    before, now = json.loads(known.read_text()), json.loads(json.dumps(asdict(recipe)))
+    before, now = read_json(known), json.loads(json.dumps(asdict(recipe)))
     for key in ("teacher", "method", "prompts_sha256", "options"):
         if before.get(key) != now[key]:
             raise InputError(f"{out} holds another run: its {key} is {before.get(key)!r}, not {now[key]!r}.")
     for key, value in now["settings"].items():
-        if key not in ("steps", "save_every") and before["settings"].get(key) != value:
-            old = before["settings"].get(key)
+        old = before.get("settings", {}).get(key)
+        if key not in ("steps", "save_every") and old != value:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
 
 

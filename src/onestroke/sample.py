@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from onestroke.errors import InputError
+from onestroke.errors import InputError, read_json
 from onestroke.student import CARD, SeededNoise, load_student, to_pil
 from onestroke.teachers import load_teacher, locate
 
 
 def is_student(model: str | Path) -> bool:
-    """Whether a folder was written by `distill`: it carries a card and the recipe of its run."""
-    return (Path(model) / CARD).is_file() and (Path(model) / "recipe.json").is_file()
+    """Whether a folder was written by `distill`: its card says how many steps the student takes."""
+    card = Path(model) / CARD
+    return card.is_file() and "student_steps" in read_json(card)
 
 
 def sample(

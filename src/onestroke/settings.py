@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -57,8 +58,14 @@ class Settings:
             if getattr(self, name) < 1:
                 raise InputError(f"setting {name}={getattr(self, name)} must be at least 1.")
         for name in ("seed", "warmup", "weight_decay", "clip", "guidance_scale"):
-            if getattr(self, name) < 0:
-                raise InputError(f"setting {name}={getattr(self, name)} must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"setting {name}={getattr(self, name)} must be finite and not negative.")
+        for player, value in self.lr.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"setting lr.{player}={value} must be finite and not negative.")
+        for player, pair in self.betas.items():
+            if len(pair) != 2 or not all(0 <= beta < 1 for beta in pair):
+                raise InputError(f"setting betas.{player}={pair} must be two numbers in [0, 1).")
         if not 0 <= self.ema < 1:
             raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
 

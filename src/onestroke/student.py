@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from onestroke.errors import InputError
+from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.roles import merged
 from onestroke.sampling import FewStep
@@ -60,6 +60,8 @@ class Student:
     @torch.no_grad()
     def latents(self, cond: Cond, seed: int = 0, steps: int | None = None) -> Tensor:
         """x0 (B, C, H, W) by the sampler the student was trained with."""
+        if steps is not None and not 1 <= steps <= self.model.path.num_timesteps:
+            raise InputError(f"a student draws in 1 to {self.model.path.num_timesteps} steps, not {steps}.")
         noise = SeededNoise(len(next(iter(cond.values()))), seed)
         few = self.few if steps is None else FewStep(self.model.path, self.model.path.grid(steps))
         return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
@@ -83,7 +85,7 @@ def load_student(folder: str | Path) -> Student:
         raise InputError(f"no such folder: {folder}; give the --out of a finished `onestroke distill`.")
     if not (folder / CARD).exists():
         raise InputError(f"{folder} holds no {CARD}: it is no student, or its run has not finished.")
-    card = json.loads((folder / CARD).read_text())
+    card = read_json(folder / CARD)
     if "student_steps" not in card:
         raise InputError(f"{folder} is a teacher, not a student; use load_teacher.")
     inspect_folder(folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onestroke.draws import Draws
-from onestroke.errors import DivergedError, InputError
+from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Method, play
 from onestroke.paths import Cond
 from onestroke.progress import Progress
@@ -45,26 +46,53 @@ class Data:
         return Batch(noise, cond, draw, None if self.x0 is None else self.x0[rows].to(device))
 
 
+def live(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a module, by name."""
+    return {k: p for k, p in module.named_parameters() if p.requires_grad}
+
+
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes in a module, by name: its trained parameters and its buffers."""
+    return {**live(module), **dict(module.named_buffers())}
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, each whole: every process takes part where they are sharded."""
+    full = ((k, v.full_tensor() if isinstance(v, DTensor) else v) for k, v in tensors.items())
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in full}
+
+
+@torch.no_grad()
+def assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy whole values into tensors of the same names, sharding them where these are."""
+    for k, v in tensors.items():
+        value = values[k].to(v.device)
+        v.copy_(distribute_tensor(value, v.device_mesh, v.placements) if isinstance(v, DTensor) else value)
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy that shares the frozen tensors and has no memory for the trained ones until they are loaded."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in live(module).values()}
+    return copy.deepcopy(module, {**{id(p): p for p in module.parameters() if not p.requires_grad}, **empty})
+
+
 class Average:
     """The exponential moving average of a module's trained parameters; warms up as (1 + k) / (10 + k)."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay, self.count = module, decay, 0
-        self.values = {k: p.detach().clone() for k, p in self.live().items()}
-
-    def live(self) -> dict[str, nn.Parameter]:
-        return {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+        self.values = {k: p.detach().clone() for k, p in live(module).items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(list(self.values.values()), list(self.live().values()), weight)
+        torch._foreach_lerp_(list(self.values.values()), list(live(self.module).values()), weight)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the average and the live weights; twice is the identity."""
-        for k, p in self.live().items():
+        for k, p in live(self.module).items():
             held = p.detach().clone()
             p.copy_(self.values[k])
             self.values[k] = held
@@ -79,14 +107,18 @@ class Trainer:
     def __init__(self, method: Method, data: Data, settings: Settings, folder: Path | None = None):
         self.method, self.data, self.settings, self.folder = method, data, settings, folder
         tracker = None if folder is None or settings.log_with == "none" else settings.log_with
-        self.accelerator = Accelerator(
-            mixed_precision=settings.precision,
-            log_with=tracker,
-            project_dir=None if folder is None else str(folder / "log"),
-        )
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=settings.precision,
+                log_with=tracker,
+                project_dir=None if folder is None else str(folder / "log"),
+            )
+        except ValueError as error:  # an unknown tracker, or a precision this device cannot do
+            raise InputError(f"log_with={settings.log_with!r}, precision={settings.precision!r}: {error}") from None
         self.device, self.round, self.seen = self.accelerator.device, 0, 0.0
         method.to(self.device).train()
         self.optimisers: dict[str, Any] = {}
+        self.shell = shell(getattr(method, method.players[0])) if settings.shard else None
         for player in method.players:
             module = getattr(method, player)
             if settings.gradient_checkpointing:
@@ -105,9 +137,10 @@ class Trainer:
                     foreach=True,
                 )
             )
-        self.average = Average(getattr(method, method.players[0]), settings.ema) if settings.ema else None
-        if tracker:
-            self.accelerator.init_trackers("run")
+            for p in params:  # made here, so that a checkpoint has the same keys before the first round and after
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.optimisers[player].state[p] = {"step": torch.zeros(()), **zeros}
+        self.average = Average(self.bare(method.players[0]), settings.ema) if settings.ema else None
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process in round `step`: its rows of one global batch."""
@@ -162,6 +195,8 @@ class Trainer:
         s, began = self.settings, time.monotonic() - self.seen
         images = s.batch_size * s.accumulate * self.accelerator.num_processes
         quiet = self.folder is None or not self.accelerator.is_main_process
+        if self.accelerator.log_with and not self.accelerator.trackers:  # not before: a refused resume writes nothing
+            self.accelerator.init_trackers("run")
         with Progress(s.steps, images, quiet) as progress:
             while self.round < s.steps:
                 done = self.round / s.steps if seconds is None else (time.monotonic() - began) / seconds
@@ -185,27 +220,26 @@ class Trainer:
         found = sorted((self.folder / "checkpoints").glob("[0-9]*"), key=lambda p: p.name)
         return found[-1] if found else None
 
-    def _state(self, player: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, flatten_optimizer_state_dict=True
-        )
-        return get_state_dict(getattr(self.method, player), self.optimisers[player].optimizer, options=options)
+    def bare(self, player: str) -> nn.Module:
+        """A player without what distributes it."""
+        return self.accelerator.unwrap_model(getattr(self.method, player))
+
+    def moments(self, player: str) -> dict[str, Tensor]:
+        """The optimiser's state of a player, as "<parameter>.<kind>"."""
+        state = self.optimisers[player].state
+        return {f"{k}.{kind}": v for k, p in live(self.bare(player)).items() for kind, v in state[p].items()}
 
     def save(self) -> None:
         """Write checkpoints/<round>: per player its weights and optimiser, the student's average, and the round."""
         assert self.folder is not None, "saving needs a folder"
-        tensors, scalars = {}, {}
+        tensors = {}
         for player in self.method.players:
-            weights, optim = self._state(player)
-            tensors[player] = {k: v.contiguous() for k, v in weights.items()}
-            tensors[f"{player}.optim"] = {k: v.contiguous() for k, v in optim.items() if isinstance(v, Tensor)}
-            scalars[player] = {k: v for k, v in optim.items() if not isinstance(v, Tensor)}
-        count = 0
+            tensors[player] = gathered(learned(self.bare(player)))
+            tensors[f"{player}.optim"] = gathered(self.moments(player))
         if self.average:
             self.average.swap()
-            tensors["average"] = {k: v.contiguous() for k, v in self._state(self.method.players[0])[0].items()}
+            tensors["average"] = gathered(learned(self.bare(self.method.players[0])))
             self.average.swap()
-            count = self.average.count
         if self.accelerator.is_main_process:
             target = self.folder / "checkpoints" / f"{self.round:08d}"
             partial = target.with_name("partial")
@@ -213,7 +247,7 @@ class Trainer:
             partial.mkdir(parents=True)
             for name, state in tensors.items():
                 save_file(state, partial / f"{name}.safetensors")
-            about = {"round": self.round, "seconds": self.seen, "average": count, "optim": scalars}
+            about = {"round": self.round, "seconds": self.seen, "average": self.average.count if self.average else 0}
             (partial / "trainer.json").write_text(json.dumps(about, indent=1) + "\n")
             os.replace(partial, target)
             for old in sorted(target.parent.glob("[0-9]*"))[:-1]:
@@ -224,33 +258,19 @@ class Trainer:
         """Load the newest checkpoint. Raises InputError for missing files, pickles or wrong keys."""
         folder = self.latest()
         if folder is None:
-            raise InputError(f"{self.folder} holds no checkpoint to resume; start without --resume.")
-        about = json.loads((folder / "trainer.json").read_text())
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, flatten_optimizer_state_dict=True
-        )
+            raise InputError(f"{self.folder} holds no checkpoint to resume; start again with another --out.")
+        about = read_json(folder / "trainer.json")
+        if missing := {"round", "seconds", "average"} - about.keys():
+            raise InputError(f"{folder} was cut off: its trainer.json lacks {', '.join(sorted(missing))}.")
         for player in self.method.players:
-            weights, optim = self._state(player)
-            loaded = read_tensors(folder / f"{player}.safetensors", weights)
-            state = read_tensors(
-                folder / f"{player}.optim.safetensors", {k: v for k, v in optim.items() if isinstance(v, Tensor)}
-            )
+            weights, moments = learned(self.bare(player)), self.moments(player)
             if self.average and player == self.method.players[0]:
-                averaged = read_tensors(folder / "average.safetensors", weights)
-                self._load(player, averaged, state | about["optim"][player], options)
-                self.average = Average(getattr(self.method, player), self.settings.ema)
+                assign(weights, read_tensors(folder / "average.safetensors", weights))
+                self.average = Average(self.bare(player), self.settings.ema)
                 self.average.count = about["average"]
-            self._load(player, loaded, state | about["optim"][player], options)
+            assign(weights, read_tensors(folder / f"{player}.safetensors", weights))
+            assign(moments, read_tensors(folder / f"{player}.optim.safetensors", moments))
         self.round, self.seen = about["round"], about["seconds"]
-
-    def _load(self, player: str, weights: dict, optim: dict, options: StateDictOptions) -> None:
-        set_state_dict(
-            getattr(self.method, player),
-            self.optimisers[player].optimizer,
-            model_state_dict=weights,
-            optim_state_dict=optim,
-            options=StateDictOptions(**{**asdict(options), "strict": False}),
-        )
 
     def finish(self) -> nn.Module:
         """The trained student, unwrapped, with the averaged weights in it."""
@@ -258,7 +278,11 @@ class Trainer:
             self.average.swap()
         if self.folder is not None:
             self.accelerator.end_training()
-        return self.accelerator.unwrap_model(getattr(self.method, self.method.players[0])).eval()
+        student = self.bare(self.method.players[0])
+        if self.shell is not None:
+            self.shell.load_state_dict(gathered(learned(student)), strict=False, assign=True)
+            student = self.shell.to(self.device)
+        return student.eval()
 
 
 def sharded(module: nn.Module) -> nn.Module:
@@ -266,10 +290,9 @@ def sharded(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     still = {p for p in module.parameters() if not p.requires_grad}
-    if still:
-        fully_shard(module, ignored_params=still)
-    else:
-        fully_shard(module)
+    kept: dict[str, Any] = {"ignored_params": still} if still else {}
+    # left whole after a call without gradient, it would show other parameters than its optimiser holds
+    fully_shard(module, reshard_after_forward=True, **kept)
     return module
 
 

@@ -171,6 +171,7 @@ def converge(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
     layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS)
     run, chosen = resolve(settings, options(cls), cls.players, *layers)
+    teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed)
         few = FewStep(teacher.path, teacher.path.grid(student_steps))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import logging
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from onestroke.denoiser import Denoiser
-from onestroke.errors import InputError
+from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Prediction, Table
 from onestroke.sampling import FewStep
 
@@ -47,10 +51,7 @@ def inspect_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.exists():
         raise InputError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
-    try:
-        declared = json.loads(index.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{index} is not valid JSON ({error}).") from None
+    declared = read_json(index)
     name = declared.get("_class_name")
     if name not in SUPPORTED:
         raise InputError(f"{folder} is a {name}; onestroke reads {', '.join(SUPPORTED)}.")
@@ -59,15 +60,54 @@ def inspect_folder(folder: Path) -> None:
             raise InputError(f"{folder} lacks the component {part!r}; a {name} needs {', '.join(NEEDED)}.")
         if part in ("tokenizer", "scheduler"):
             continue
-        if not list((folder / part).glob("*.safetensors")):
+        weights = sorted((folder / part).glob("*.safetensors"))
+        if not weights:
             pickles = [
                 p.name for p in (folder / part).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
             ]
             found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
             raise InputError(f"{folder / part} holds {found}; save the pipeline with safe_serialization=True.")
-    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type", "epsilon")
+        for file in weights:
+            try:
+                safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file} is not a safetensors file ({error}); pickles are never read: "
+                    "save the pipeline with safe_serialization=True."
+                ) from None
+    kind = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in PREDICTION:
         raise InputError(f"{folder} predicts {kind!r}; onestroke reads {', '.join(PREDICTION)}.")
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep diffusers' loading bars off the terminal."""
+    shown = getattr(logging, "is_progress_bar_enabled", lambda: True)()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def check_loaded(pipeline: Any, source: str | Path) -> None:
+    """Refuse a part whose file lacks some of its weights. Raises InputError.
+
+    diffusers leaves such weights on the meta device; transformers draws them at random and says so in its loading
+    report alone, so the text encoder is read once more for that report.
+    """
+    for part in ("unet", "vae"):
+        lost = [name for name, p in getattr(pipeline, part).named_parameters() if p.is_meta]
+        if lost:
+            raise InputError(f"{source}: {part!r} lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
+    encoder = pipeline.text_encoder
+    _, report = type(encoder).from_pretrained(
+        source, subfolder="text_encoder", output_loading_info=True, use_safetensors=True
+    )
+    if lost := sorted(report["missing_keys"]):
+        raise InputError(f"{source}: 'text_encoder' lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
 
 
 class PipelineTeacher:
@@ -96,12 +136,17 @@ class PipelineTeacher:
         if isinstance(source, Path):
             inspect_folder(source)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        except OSError as error:
+            with no_bars():
+                pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:  # the last two: weights of other shapes
             raise InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
         if type(pipeline).__name__ not in SUPPORTED:
             raise InputError(f"{source} is a {type(pipeline).__name__}; onestroke reads {', '.join(SUPPORTED)}.")
+        check_loaded(pipeline, source)
         pipeline.set_progress_bar_config(disable=True)
+        if pipeline.device.type == "cpu":
+            # The fused kernel's backward takes half of a training step on a CPU, and it has no forward-mode derivative.
+            pipeline.unet.set_attn_processor(AttnProcessor())
         return cls(pipeline, name or str(source))
 
     @property

@@ -50,7 +50,7 @@ class SwiftBrush(Method):
         yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
 
         if draw.shared() < self.null_rate:
-            cond = {k: self.null[k].expand_as(v) for k, v in cond.items()}
+            cond = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
         t = times.uniform(draw, self.path)
         alpha = self.path.unit_ab(t)[0]
         yield Turn("fake", {"dsm": terms.dsm(self.fake, self.path, x.detach(), cond, t, draw, weight=alpha**2)})
