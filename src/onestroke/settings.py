@@ -46,7 +46,7 @@ class Settings:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the network passes; "no" is float32."""
     shard: bool = False
-    """Shard players over the processes (FSDP2) instead of replicating them (DDP)."""
+    """Shard players over the processes (FSDP2) instead of replicating them (DDP); with LoRA it needs torch 2.7."""
     gradient_checkpointing: bool = False
     save_every: int = 500
     """Rounds between checkpoints; the last round is always saved."""

@@ -10,7 +10,8 @@ from onestroke.paths import like
 
 
 class SwiftBrush(Method):
-    """Nguyen and Tran, "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation".
+    """Nguyen and Tran, "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
+    arXiv 2312.05239.
 
     Algorithm 1. The student moves along sigma^2 (eps_teacher - eps_fake) at its own noised sample, both under the same
     classifier-free guidance; the fake score, a LoRA on the teacher's shared weights, learns to denoise the same sample

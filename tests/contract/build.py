@@ -1,0 +1,133 @@
+"""Small instances of any method, by name alone: what the contract tests run on."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from onestroke.draws import Draws
+from onestroke.method import Batch, Method, Parts
+from onestroke.methods import get_method
+from onestroke.roles import make_role
+from onestroke.sampling import FewStep
+from onestroke.settings import Settings
+from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.train import Data, Trainer
+from onestroke.truth import Net
+from truth.checks import make_path
+
+PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
+LABELS = 3
+ROWS = 24
+
+
+class WideData(Data):
+    """Data whose noise is float64, for exact comparisons."""
+
+    def batch(self, draw: Draws, device: torch.device) -> Batch:
+        batch = super().batch(draw, device)
+        return batch._replace(noise=batch.noise.double())
+
+
+def small_net(path, prediction: str, role: str) -> Net:
+    """A net of float64, of its own weights per role: nothing of it is zero."""
+    torch.manual_seed(zlib.crc32(role.encode()))
+    net = Net(path, prediction, 2, LABELS, 1.0, width=8)
+    nn.init.normal_(net.leave.weight, std=0.2)
+    nn.init.normal_(net.leave.bias, std=0.2)
+    return net.double()
+
+
+def mixture(path, prediction: str = "x0") -> GaussianMixture:
+    means = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
+    return GaussianMixture(path, means, 0.3, labels=range(LABELS), prediction=prediction)
+
+
+def build(
+    name: str,
+    path: str = "vp",
+    prediction: str = "v",
+    guidance: float = 2.0,
+    settings: Settings | None = None,
+    **options: Any,
+) -> Method:
+    """The method on small nets of one path and prediction; every role starts elsewhere, or is LoRA where asked."""
+    on = make_path(path, prediction)
+    teacher = small_net(on, prediction, "teacher").requires_grad_(False)
+
+    def copy_for(role: str) -> nn.Module:
+        if settings and settings.of("lora_rank", role, 0):
+            torch.manual_seed(zlib.crc32(role.encode()))
+            return make_role(teacher, role, settings)
+        return small_net(on, prediction, role)
+
+    few = FewStep(on, on.grid(settings.student_steps if settings else 1))
+    null = {"label": torch.tensor([-1])}
+    return get_method(name)(Parts(teacher, copy_for("student"), copy_for, few, null, guidance), **options)
+
+
+def data(path: str = "vp", rows: int = ROWS) -> WideData:
+    """Labels, and real samples for the methods that need them."""
+    label = torch.arange(rows) % LABELS
+    return WideData((2,), {"label": label}, mixture(make_path(path)).sample(label, torch.Generator().manual_seed(0)))
+
+
+def batch(path: str = "vp", size: int = 8, step: int = 0) -> Batch:
+    return data(path).batch(Draws(0, step, size), torch.device("cpu"))
+
+
+def settings_of(**changes: Any) -> Settings:
+    """The settings of a short, lively run: a large rate, a quick average, decoupled weight decay and clipping."""
+    table: dict[str, Any] = {
+        "steps": 4,
+        "batch_size": 8,
+        "lr": {"*": 1e-2},
+        "weight_decay": 0.1,
+        "warmup": 2,
+        "decay": "cosine",
+        "clip": 0.5,
+        "ema": 0.8,
+        "save_every": 1000,
+        "log_with": "none",
+    }
+    return Settings(**{**table, **changes})
+
+
+def trained(name: str, folder=None, rounds: int | None = None, resume: bool = False, **changes: Any) -> Trainer:
+    """A trainer of a small method that has played until `rounds`; saved there if it has a folder."""
+    settings = settings_of(**changes)
+    trainer = Trainer(build(name, settings=settings), data(), settings, folder)
+    if resume:
+        trainer.resume()
+    while trainer.round < (settings.steps if rounds is None else rounds):
+        trainer.one_round(trainer.round / settings.steps)
+    if folder is not None:
+        trainer.save()
+    return trainer
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every trained number of a run, by name: weights, optimiser state and the student's average."""
+    found: dict[str, torch.Tensor] = {}
+    for player in trainer.method.players:
+        live = {k: p for k, p in trainer.bare(player).named_parameters() if p.requires_grad}
+        names = {p: k for k, p in live.items()}
+        found |= {f"{player}/{k}": p for k, p in live.items()}
+        for p, state in trainer.optimisers[player].optimizer.state.items():
+            found |= {f"{player}/{names[p]}/{k}": torch.as_tensor(v) for k, v in state.items()}
+    if trainer.average:
+        found |= {f"average/{k}": v for k, v in trainer.average.values.items()}
+    return {k: whole(v).detach().clone() for k, v in found.items()}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())

@@ -1,0 +1,108 @@
+"""The user-facing question "does this method find the truth?", on budgets of a few seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from onestroke.errors import InputError
+from onestroke.paths import VP, Flow
+from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.truth import converge, fit, ring, sliced_w2
+
+
+@pytest.mark.parametrize(("path", "prediction"), [(VP(), "v"), (Flow(t_max=0.999), "flow")], ids=["vp", "flow"])
+def test_swiftbrush_improves_on_the_fitted_net(path, prediction):
+    """Four seconds of distillation at least take a third off the distance; measured: three quarters."""
+    result = converge("swiftbrush", ring(path, 4, std=0.3), prediction=prediction, seconds=5)
+    assert result.sliced_w2 < 0.67 * result.start
+    assert result.floor < 0.02  # two samples of 20 000; below any result by far
+    assert result.floor < result.sliced_w2
+    assert set(result.per_label) == {0, 1, 2, 3}
+    assert all(result.floor / 2 < d < 2 * result.start for d in result.per_label.values())
+    assert result.true_weights == [0.25] * 4
+    assert sum(result.mode_weights) == pytest.approx(1, abs=1e-3)
+    assert all(found > true / 2 for found, true in zip(result.mode_weights, result.true_weights, strict=True))
+    assert result.rounds > 20
+    assert 5 <= result.seconds < 60
+    assert json.loads(json.dumps(result.as_dict()))["rounds"] == result.rounds
+
+
+def test_uneven_float64_teacher_and_options():
+    """Arrays of float64, one label of two components, an option of the method and a per-player setting."""
+    means, std = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.5, 0.0], [-1.0, -2.0, 1.0]], dtype=torch.float64), [0.3] * 3
+    teacher = GaussianMixture(VP(), means, std, weights=[2, 1, 1], labels=[0, 3, 3])
+    result = converge("swiftbrush", teacher, seconds=1, batch_size=64, lr={"fake": 1e-3, "*": 1e-4}, null_rate=0.2)
+    assert set(result.per_label) == {0, 3}
+    assert result.true_weights == [0.5, 0.25, 0.25]
+    assert math.isfinite(result.sliced_w2)
+    assert teacher.means.dtype == torch.float64
+
+
+def test_a_fitted_net_is_close_to_the_teacher():
+    """What converge starts from: the net explains a good part of what the labels' mean leaves."""
+    teacher = ring(VP(), 4, std=0.3)
+    net = fit(teacher, "x0", 1.5)
+    label = torch.arange(400) % 4
+    generator = torch.Generator().manual_seed(0)
+    t = torch.full((400,), 0.5, dtype=torch.float64)
+    x = VP().mix(teacher.sample(label, generator), torch.randn(400, 2, generator=generator), t)
+    with torch.no_grad():
+        got, want = net(x, t, {"label": label}).x0, teacher(x, t, {"label": label}).x0
+    assert (got - want).square().mean() < 0.1 * want.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("swiftbrsh", {}, "unknown method 'swiftbrsh'. Did you mean 'swiftbrush'"),
+        ("swiftbrush", {"guidance_scal": 2.0}, "unknown setting 'guidance_scal'. Did you mean 'guidance_scale'"),
+        ("swiftbrush", {"lr": {"teacher": 1.0}}, "unknown player in setting 'lr' 'teacher'"),
+        ("swiftbrush", {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ("swiftbrush", {"student_steps": 4}, "'swiftbrush' trains at most 1 steps, not 4"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(method, settings, said):
+    with pytest.raises(InputError) as error:
+        converge(method, ring(VP()), seconds=1000, **settings)
+    assert said in str(error.value)
+
+
+# ---- the distance --------------------------------------------------------------------------------------------
+
+
+def test_sliced_w2_of_gaussians_in_one_dimension():
+    """W2 of N(m1, s1^2) and N(m2, s2^2) is hypot(m1 - m2, s1 - s2): the same quantiles, so exact to rounding."""
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    x, y = (3 + 2 * quantiles)[:, None], (-1 + 0.5 * quantiles)[:, None]
+    spread = quantiles.square().mean()  # 1 but for the truncated tails
+    assert sliced_w2(x, y) == pytest.approx(math.sqrt(16 + 1.5**2 * spread), rel=1e-9)
+    assert sliced_w2(x, y) == pytest.approx(math.hypot(4, 1.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("dim", [2, 8])
+def test_sliced_w2_of_gaussians_in_more(dim):
+    """Isotropic: sqrt(|m1 - m2|^2 / D + (s1 - s2)^2). The mean of 128 squared cosines is off by at most
+    5 sqrt(2/128) / 2 < 32 % of the first term, and the samples by 1 %."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 20_000, dim, generator=generator)
+    shift = torch.zeros(dim)
+    shift[0] = 1.0
+    got = sliced_w2(3 * x, y + shift)
+    assert math.sqrt(4 + 0.68 / dim) * 0.99 < got < math.sqrt(4 + 1.32 / dim) * 1.01
+    assert sliced_w2(x, y) < 0.03
+
+
+def test_sliced_w2_is_a_distance():
+    x, y = torch.randn(2, 500, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert sliced_w2(x, x[torch.randperm(500, generator=torch.Generator().manual_seed(3))]) == 0
+    assert sliced_w2(x, y) == sliced_w2(y, x) > 0
+    assert sliced_w2(2 * x, 2 * y) == pytest.approx(2 * sliced_w2(x, y), rel=1e-12)
+
+
+def test_sliced_w2_refuses_samples_of_two_sizes():
+    with pytest.raises(ValueError, match="samples of one size, got 3 and 4"):
+        sliced_w2(torch.zeros(3, 2), torch.zeros(4, 2))
