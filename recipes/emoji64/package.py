@@ -1,4 +1,4 @@
-"""Stage 4: put the parts together as a diffusers pipeline in float16, with its prompts, real features and card.
+"""Stage 4: put the parts together as a diffusers pipeline in float16, with prompts and card; real features beside it.
 
 python recipes/emoji64/package.py --data DATA --work WORK --out src/onestroke/teachers/built_in/emoji64
 """
@@ -15,9 +15,9 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from onestroke.metrics import LiteFeatures, psnr
+from onestroke.metrics import REFERENCES, LiteFeatures, psnr
 
-REFERENCE = 1_500
+REFERENCE = 1_000
 GUIDANCE = 3.0
 SHEET = [
     "fluent 3d, grinning face with big eyes",
@@ -98,7 +98,8 @@ def main() -> None:
     seen = torch.from_numpy((~held).nonzero()[0])
     chosen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:REFERENCE]]
     features = LiteFeatures().of(to_float(images[chosen]) / 2 + 0.5)
-    save_file({"features": features.half()}, args.out / "reference.safetensors")
+    REFERENCES.mkdir(exist_ok=True)
+    save_file({"features": features.half()}, REFERENCES / f"{args.out.name}.safetensors")
 
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     about = {

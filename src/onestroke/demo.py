@@ -74,7 +74,7 @@ def measure(teacher: PipelineTeacher, student: Student, folder: Path, count: int
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(SCORE_SEED))[:count]
     chosen = [prompts[i] for i in order]
     extract = metrics.LiteFeatures()
-    reference, digest = metrics.reference_features(folder)
+    reference, digest = metrics.reference_features(TEACHER)
     half = reference[torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))].chunk(2)
     report: dict[str, Any] = {"prompts": count, "reference_sha256": digest, "kid_floor": metrics.kid(*half)}
     for name, draw in samplers(teacher, student, guidance_scale).items():

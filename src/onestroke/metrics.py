@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from onestroke.errors import InputError
 
+REFERENCES = Path(__file__).parent / "references"
 SIDE = 128  # pixels the feature network sees
 
 
@@ -60,9 +61,9 @@ def kid(features: Tensor, reference: Tensor) -> float:
     return (within + without - 2 * poly_kernel(a, b).mean()).item()
 
 
-def reference_features(folder: Path) -> tuple[Tensor, str]:
-    """The real images' features shipped with a built-in teacher (N, 1280), and the file's SHA-256."""
-    path = folder / "reference.safetensors"
+def reference_features(teacher: str) -> tuple[Tensor, str]:
+    """The features of real images shipped beside a built-in teacher (N, 1280), and the file's SHA-256."""
+    path = REFERENCES / f"{teacher}.safetensors"
     return load_file(path)["features"].float(), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
