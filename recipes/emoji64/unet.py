@@ -60,7 +60,7 @@ def encode_texts(tokenizer: CLIPTokenizer, text: CLIPTextModel, captions: list[s
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=12_000, batch=64)
+    args = arguments(__doc__, steps=8_000, batch=64)
     images, rows, out = load_data(args.data)
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.work / "text_encoder").eval()

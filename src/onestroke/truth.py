@@ -17,6 +17,7 @@ from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.methods import get_method, options
 from onestroke.paths import Path, Prediction, like
+from onestroke.run import recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
 from onestroke.teachers.gaussian import GaussianMixture
@@ -163,13 +164,14 @@ def converge(
     """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
 
     prediction: of the small net, on the teacher's path. settings: as in `distill` (trainer settings and options of the
-    method). A fifth of the time goes to the fit. Raises InputError for an unknown method or setting.
+    method), over those of recipes/exact. A fifth of the time goes to the fit. Raises InputError for an unknown method
+    or setting.
     """
     began = time.monotonic()
     cls = get_method(method)
     if student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
-    layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS)
+    layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS, recipe_defaults("exact", method))
     run, chosen = resolve(settings, options(cls), cls.players, *layers)
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
