@@ -27,9 +27,8 @@ def main() -> None:
     with torch.no_grad():
         again = teacher.decode(teacher.pipeline.vae.encode(real).latents)
     reference, _ = reference_features("emoji64")
-    print(
-        f"real {kid(extract.of(real / 2 + 0.5), reference):.4f}, reconstructed {kid(extract.of(again), reference):.4f}"
-    )
+    scores = [kid(extract.of(images), reference) for images in (real / 2 + 0.5, again)]
+    print("real {:.4f}, reconstructed {:.4f}".format(*scores))
 
 
 if __name__ == "__main__":

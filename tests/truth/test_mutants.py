@@ -100,7 +100,7 @@ MUTANTS = [
     (SWIFT, "self.guide(self.teacher)(xt", "self.teacher(xt", guided),
     # the fake's turn
     (SWIFT, "alpha = self.path.unit_ab(t)[0]", "alpha = self.path.unit_ab(t)[1]", fake_loss),
-    (SWIFT, "weight=alpha**2", "weight=alpha", fake_loss),
+    (SWIFT, "weight=alpha**self.alpha_power", "weight=alpha", fake_loss),
     (SWIFT, "terms.dsm(self.fake,", "terms.dsm(self.guide(self.fake),", fake_loss),
     (SWIFT, "terms.dsm(self.fake,", "terms.dsm(self.teacher,", fake_loss),
     (SWIFT, "draw.shared() < self.null_rate", "draw.shared() > self.null_rate", fake_loss),
