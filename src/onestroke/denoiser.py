@@ -36,6 +36,7 @@ class Guided(nn.Module):
     """Classifier-free guidance as a denoiser: null + scale (cond - null); scale 1 is none (arXiv 2207.12598).
 
     Both halves go through the network in one call of twice the batch. Features are those of the conditional half.
+    Scale 0 is the null condition alone, in one call; a negative scale guides away from the condition.
     """
 
     def __init__(self, net: nn.Module, scale: float, null: Cond):
@@ -45,7 +46,10 @@ class Guided(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         if self.scale == 1:
             return self.net(x, t, cond)
-        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+        null = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+        if self.scale == 0:
+            return self.net(x, t, null)
+        both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
         est = self.net(torch.cat([x, x]), torch.cat([t, t]), both)
         (yes, no), (yes_eps, no_eps) = est.x0.chunk(2), est.eps.chunk(2)
         features = tuple(f.chunk(2)[0] for f in est.features)

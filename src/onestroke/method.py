@@ -49,9 +49,9 @@ class Parts:
     def path(self) -> Path:
         return self.few.path
 
-    def guide(self, net: nn.Module) -> nn.Module:
-        """`net` under this run's classifier-free guidance."""
-        return Guided(net, self.guidance_scale, self.null)
+    def guide(self, net: nn.Module, scale: float | None = None) -> nn.Module:
+        """`net` under classifier-free guidance of this scale, or of this run's where it is None."""
+        return Guided(net, self.guidance_scale if scale is None else scale, self.null)
 
 
 class Method(nn.Module, ABC):
@@ -88,27 +88,46 @@ class Method(nn.Module, ABC):
         """One round. The weights HAVE moved when the generator resumes after a yield."""
 
 
-_holds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> how many frozen() blocks hold it
+_scope: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> how many frozen() blocks of this game hold it
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Use modules as functions of their inputs. Keep the yield of the Turn inside: backward must see it too.
 
-    Counted, not saved and restored: with gradient accumulation several generators are inside at once.
+    Blocks are counted, so that they nest, and belong to the game they are opened in (see `playing`).
     """
-    params = [p for m in modules for p in m.parameters() if p.requires_grad or p in _holds]
+    scope = _scope
+    params = [p for m in modules for p in m.parameters() if p.requires_grad or p in scope]
     for p in params:
-        _holds[p] = _holds.get(p, 0) + 1
+        scope[p] = scope.get(p, 0) + 1
         p.requires_grad_(False)
     try:
         yield
     finally:
         for p in params:
-            _holds[p] -= 1
-            if not _holds[p]:
-                del _holds[p]
+            scope[p] -= 1
+            if not scope[p]:
+                del scope[p]
                 p.requires_grad_(True)
+
+
+@contextmanager
+def playing(scope: WeakIdKeyDictionary) -> Iterator[None]:
+    """One game's turn and its backward: what it holds frozen is frozen here, and only here.
+
+    With gradient accumulation several games wait inside their blocks at once; none may freeze another's next turn.
+    """
+    global _scope
+    outer, _scope = _scope, scope
+    for p in scope:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in scope:
+            p.requires_grad_(True)
+        _scope = outer
 
 
 def play(
@@ -125,14 +144,16 @@ def play(
     "player/term", detached.
     """
     games = [method.step(batch, step) for batch in batches]
+    scopes = [WeakIdKeyDictionary() for _ in games]
     log: dict[str, Tensor] = {}
     while True:
         turns = []
-        for game in games:
-            turn = advance(game)
-            if turn is not None:
-                backward(torch.stack(list(turn.terms.values())).sum() / len(games))
-                turns.append(turn)
+        for game, scope in zip(games, scopes, strict=True):
+            with playing(scope):
+                turn = advance(game)
+                if turn is not None:
+                    backward(torch.stack(list(turn.terms.values())).sum() / len(games))
+                    turns.append(turn)
         if not turns:
             return log
         (player,) = {turn.player for turn in turns}

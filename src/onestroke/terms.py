@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from onestroke.draws import Draws
+from onestroke.errors import unknown
 from onestroke.paths import Cond, Path, Prediction, like
 
 Reduce = Literal["mean", "sum"]
@@ -42,3 +45,47 @@ def dsm(
     est = net(path.mix(x0, eps, t), t, cond)
     error = path.join(est.x0, est.eps, t, space) - path.join(x0, eps, t, space)
     return reduced(error.square() if weight is None else like(weight, error) * error.square(), reduce)
+
+
+def edm_weight(path: Path, t: Tensor, sigma_data: float) -> Tensor:
+    """(B,): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at sigma = b / a (arXiv 2206.00364, table 1)."""
+    return sigma_data**-2 + (2 * path.log_snr(t)).exp()
+
+
+TIME_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one": torch.ones_like,
+    "1-sigma": lambda sigma: 1 - sigma,
+    "(1-sigma)^2": lambda sigma: (1 - sigma) ** 2,
+    "1/sigma": lambda sigma: 1 / sigma,
+    "1/sigma^2": lambda sigma: 1 / sigma**2,
+    "snr": lambda sigma: (1 / sigma - 1) ** 2,
+    "sqrt-snr": lambda sigma: 1 / sigma - 1,
+}
+"""Weights of an x0-space loss by the straight path's sigma; its snr is ((1 - sigma) / sigma)^2."""
+
+
+def time_weight(scheme: str, path: Path, t: Tensor) -> Tensor:
+    """(B,): one of TIME_WEIGHTS at sigma = b / (a + b), the straight path's time of the same signal-to-noise ratio."""
+    return TIME_WEIGHTS[scheme](torch.sigmoid(-path.log_snr(t)))
+
+
+def checked_weight(name: str, *more: str) -> str:
+    """`name`, which must be in TIME_WEIGHTS or `more`. Raises InputError otherwise."""
+    if name not in (*TIME_WEIGHTS, *more):
+        raise unknown("weight", name, (*TIME_WEIGHTS, *more))
+    return name
+
+
+def gap_weight(x: Tensor, real: Tensor) -> Tensor:
+    """(B,): 1 / max(mean_D |x - D_p|, 1e-5), without gradient (SiD's omega, arXiv 2404.04057)."""
+    return (x - real).detach().abs().flatten(1).mean(1).clamp_min(1e-5).reciprocal()
+
+
+def sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: Tensor) -> Tensor:
+    """(D_p - D_psi) . ((D_p - x) - alpha (D_p - D_psi)), summed over D, weighted (B,), mean over B.
+
+    Score identity distillation (arXiv 2404.04057): gradient must flow through x, real and fake (B, *D) alike. Twice
+    the gradient at alpha = 1/2 is that of the Fisher divergence.
+    """
+    gap = real - fake
+    return reduced(like(weight, x) * gap * ((real - x) - alpha * gap), "sum")

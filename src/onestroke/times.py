@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from onestroke.draws import Draws
-from onestroke.paths import Path
+from onestroke.paths import EDM, Path
+
+RAMP = EDM()
+"""The ramp of noise levels that `karras` is uniform on: sigma from 0.002 to 80, rho = 7."""
 
 
 def uniform(draw: Draws, path: Path, lo: float = 0.0, hi: float = 1.0) -> Tensor:
     """(B,) float64, uniform in [lo, hi] of unit time, inside the path's own range."""
     return path.snap(draw.uniform(max(lo, path.t_min), min(hi, path.t_max)))
+
+
+def karras(draw: Draws, path: Path, lo: float = 0.0, hi: float = 0.8) -> Tensor:
+    """(B,) float64: b / a uniform on the part [lo, hi] of the ramp of Karras et al., as far as the path goes."""
+    first, last = RAMP.time_of(_ends(path)).tolist()
+    u = draw.uniform(max(lo, first), min(hi, last))
+    return path.snap(path.time_of(RAMP.log_snr(u)).clamp(path.t_min, path.t_max))
+
+
+def log_normal(draw: Draws, path: Path, mean: float, std: float) -> Tensor:
+    """(B,) float64: log(b / a) normal, cut off at the ends of the path.
+
+    The log-normal sigma of EDM (-1.2, 1.2) and the logit-normal time of flows are this one law.
+    """
+    first, last = torch.special.ndtr((-_ends(path) - mean) / std).tolist()
+    level = mean + std * torch.special.ndtri(draw.uniform(first, last))
+    return path.snap(path.time_of(-level).clamp(path.t_min, path.t_max))
+
+
+def _ends(path: Path) -> Tensor:
+    """log(a / b) at the data end and at the noise end of the path, (2,)."""
+    return path.log_snr(torch.tensor([path.t_min, path.t_max], dtype=torch.float64))

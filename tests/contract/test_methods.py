@@ -68,7 +68,8 @@ def test_the_exact_teacher_will_do(name, path, prediction):
         2.0,
     )
     method = get_method(name)(parts)
-    optimisers = {p: torch.optim.SGD(getattr(method, p).parameters(), 1e-3) for p in method.players}
+    # Adam, as the trainer: a plain step follows the arbitrary scale of a loss (SiD: 100 x a sum) to infinity
+    optimisers = {p: torch.optim.Adam(getattr(method, p).parameters(), 1e-3) for p in method.players}
 
     def update(player):
         optimisers[player].step()
