@@ -1,4 +1,7 @@
-"""Stage 1: the autoencoder, 64x64x3 -> 8x8x16 (AutoencoderTiny, 1.9 M parameters), by mean squared error.
+"""Stage 1: the autoencoder, 64x64x3 -> 8x8x16 (AutoencoderTiny, 1.9 M parameters), by squared and absolute error.
+
+The absolute error keeps the flat areas of the artwork flat. `--start PIPELINE` continues the decoder of a saved
+pipeline alone; its encoder, and so every denoiser trained on its latents, stays as it is.
 
 The latent is normalised per channel while training (batch statistics, plus a little noise so that the decoder
 tolerates a denoiser's errors); the statistics are then folded into the encoder's last convolution, so that the saved
@@ -15,7 +18,7 @@ from common import arguments, load_data, to_float, train
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-NOISE = 0.05
+NOISE, ABSOLUTE = 0.05, 0.1
 
 
 class Autoencoder(nn.Module):
@@ -29,7 +32,7 @@ class Autoencoder(nn.Module):
             latent_channels=channels,
             scaling_factor=1.0,
         )
-        self.norm = nn.BatchNorm2d(channels, affine=False, momentum=0.01)
+        self.norm: nn.Module = nn.BatchNorm2d(channels, affine=False, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(self.vae.encoder(x).float())
@@ -40,6 +43,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def fold(self) -> AutoencoderTiny:
         """The autoencoder with the latent's statistics inside its last encoder convolution."""
+        if isinstance(self.norm, nn.Identity):
+            return self.vae
         last, scale = self.vae.encoder.layers[-1], (self.norm.running_var + self.norm.eps).rsqrt()
         last.weight.mul_(scale[:, None, None, None])
         last.bias.sub_(self.norm.running_mean).mul_(scale)
@@ -61,23 +66,28 @@ def psnr(net: nn.Module, images: Tensor) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=7_500, batch=16)
+    args = arguments(__doc__, steps=7_500, batch=16, lr=4e-3)
     images, _, out = load_data(args.data)
     seen, unseen = to_float(images[~out]).to(args.device), to_float(images[out]).to(args.device)
-    net = Autoencoder().to(args.device).to(memory_format=torch.channels_last)
+    net = Autoencoder()
+    if args.start:
+        net.vae = AutoencoderTiny.from_pretrained(args.start, subfolder="vae")
+        net.vae.encoder.requires_grad_(False)
+        net.norm = nn.Identity()
+    net = net.to(args.device).to(memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
         x = augmented(seen[torch.randint(len(seen), (args.batch,))]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(args.device, torch.bfloat16):
             y = net(x)
-        return F.mse_loss(y.float(), x)
+        return F.mse_loss(y.float(), x) + ABSOLUTE * F.l1_loss(y.float(), x)
 
     def report():
         yield f"held-out PSNR {psnr(net, unseen):.2f} dB, seen {psnr(net, seen[:512]):.2f} dB"
 
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
-    train(net, loss, args.work / "autoencoder.safetensors", steps=args.steps, lr=4e-3, report=report)
+    train(net, loss, args.work / "autoencoder.safetensors", steps=args.steps, lr=args.lr, report=report)
     net.fold().save_pretrained(args.work / "vae")
     print(*report())
 

@@ -52,6 +52,7 @@ def arguments(stage: str, steps: int, **more) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=stage)
     parser.add_argument("--data", type=Path, required=True, help="folder written by data.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; a stage found there resumes")
+    parser.add_argument("--start", type=Path, help="a saved pipeline to continue from")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -135,7 +136,7 @@ def train(
 
     The random state is seeded by the step, so an interrupted run continues with the draws it would have made.
     """
-    params = dict(net.named_parameters())
+    params = {k: p for k, p in net.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in params.items()}
     tables = {p for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups = [{"params": [p for p in params.values() if (p in tables) == adam], "adam": adam} for adam in (False, True)]

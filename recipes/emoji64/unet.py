@@ -2,6 +2,7 @@
 
 The schedule is Stable Diffusion's, rescaled to zero terminal SNR, so that the last timestep is pure noise and the
 one-step student starts where it was trained. One caption in ten is empty, for classifier-free guidance.
+`--start PIPELINE` continues the denoiser of a saved pipeline.
 
     python recipes/emoji64/unet.py --data DATA --work WORK
 """
@@ -75,7 +76,8 @@ def main() -> None:
     scheduler = make_scheduler()
     scheduler.save_pretrained(args.work / "scheduler")
     torch.manual_seed(0)
-    net = make_unet().to(args.device)
+    net = UNet2DConditionModel.from_pretrained(args.start, subfolder="unet") if args.start else make_unet()
+    net.to(args.device)
     if args.device == "cpu":
         net.set_attn_processor(AttnProcessor())  # the fused kernel's backward is half of a step here
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,11 @@ from onestroke.paths import Cond, Estimate, Path, Prediction, like
 class Denoiser(nn.Module, ABC):
     """A network on a path. A subclass writes `predict` and nothing else.
 
-    Raises ValueError when the prediction type is singular at an end of the path.
+    Raises ValueError when the prediction type is singular at an end of the path. `bottleneck` is the place of the
+    narrowest layer among the tapped features.
     """
+
+    bottleneck: int = -1
 
     def __init__(self, path: Path, prediction: Prediction):
         super().__init__()
@@ -30,6 +35,26 @@ class Denoiser(nn.Module, ABC):
         """x (B, *D), t (B,) in [t_min, t_max] -> Estimate, in float32 or wider."""
         out, features = self.predict(x, t, cond)
         return self.path.split(x, out, t, self.prediction)._replace(features=features)
+
+
+@contextmanager
+def tapped(net: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """The outputs (B, C, ...) of these submodules during one call of `net`, in the order they are called.
+
+    Hooks live for this call only, so that copies and wrappers of the network never share them. Of a tuple the first
+    tensor is taken.
+    """
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        found.append(out if isinstance(out, Tensor) else out[0])
+
+    handles = [net.get_submodule(name).register_forward_hook(hook) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Guided(nn.Module):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onestroke.denoiser import Denoiser, Guided
 from onestroke.draws import Draws
+from onestroke.heads import Critic, Head, Heads, feature_channels
 from onestroke.paths import Cond, Path
 from onestroke.sampling import FewStep
+
+
+class Pairs(NamedTuple):
+    """Noise and what the teacher's solver makes of it under the same condition (DMD's regression set, reflow)."""
+
+    noise: Tensor  # (B, *D), standard normal
+    x0: Tensor  # (B, *D)
 
 
 class Batch(NamedTuple):
@@ -25,6 +33,14 @@ class Batch(NamedTuple):
     cond: Cond
     draw: Draws  # every other random number of the step
     x0: Tensor | None = None  # (B, *D) real latents, for the methods that need them
+    pairs: Pairs | None = None  # of the teacher's solver, for the methods that need them
+
+
+class Reward(Protocol):
+    """What a picture is worth: differentiable, larger is better."""
+
+    def __call__(self, x0: Tensor, cond: Cond) -> Tensor:
+        """Latents x0 (B, *D) under cond -> (B,)."""
 
 
 class Turn(NamedTuple):
@@ -39,19 +55,51 @@ class Parts:
     """What a method is built from. `teacher` is frozen; `student` and each `copy(role)` start at its weights."""
 
     teacher: Denoiser
-    student: nn.Module
+    student: Denoiser
     copy: Callable[[str], nn.Module]
     few: FewStep
     null: Cond  # the unconditional condition, leading dimension 1
     guidance_scale: float = 1.0
+    shape: tuple[int, ...] = ()  # of one latent
+    reward: Reward | None = None
 
     @property
     def path(self) -> Path:
         return self.few.path
 
+    def head(self) -> Head:
+        """A fresh discriminator head for the bottleneck of the network."""
+        return Head(self._channels()[self.bottleneck])
+
+    def heads(self) -> Heads:
+        """Fresh discriminator heads for every tapped layer of the network."""
+        return Heads(self._channels())
+
+    def critic(self, role: str) -> Critic:
+        """`copy(role)` with a discriminator head on its bottleneck, one player."""
+        return Critic(self.copy(role), self.head(), self.bottleneck)
+
+    @property
+    def bottleneck(self) -> int:
+        """Which of the tapped features is the narrowest layer's."""
+        return self.student.bottleneck
+
+    def _channels(self) -> list[int]:
+        return feature_channels(self.student, self.shape, self.null)
+
     def guide(self, net: nn.Module, scale: float | None = None) -> nn.Module:
         """`net` under classifier-free guidance of this scale, or of this run's where it is None."""
         return Guided(net, self.guidance_scale if scale is None else scale, self.null)
+
+
+NEEDS = {
+    "x0": "real images with captions",
+    "pairs": "noise and pictures of the teacher's solver",
+    "reward": "a differentiable reward",
+    "features": "a teacher whose layers can be tapped",
+    "jvp": "a network with a forward-mode derivative",
+}
+"""What a method may need beside prompts, in words."""
 
 
 class Method(nn.Module, ABC):
@@ -69,7 +117,7 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]]
     """Attributes that are trained, in the order of play."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of {"x0", "features", "jvp"}; empty: prompts alone."""
+    """Of NEEDS; empty: prompts alone."""
     paper: ClassVar[str]
     """Title and arXiv id."""
     passes: ClassVar[Mapping[str, int]]

@@ -139,7 +139,8 @@ def distill(
     def copy_of_teacher(role: str):
         return make_role(teacher.net, role, run)
 
-    parts = Parts(teacher.net, copy_of_teacher("student"), copy_of_teacher, few, teacher.null, run.guidance_scale)
+    student = copy_of_teacher("student")
+    parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
     data = Data(teacher.shape, teacher.encode(lines))
     trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
     if resume:

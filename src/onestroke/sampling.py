@@ -19,36 +19,52 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class FewStep:
-    """Call the student at `times`, re-noising its x0 in between with fresh noise.
+    """Call the student at `times`, re-noising its x0 in between.
 
     start: what multiplies the first standard-normal noise. "unit" gives it the standard deviation of noised
     unit-variance data, sqrt(a^2 + b^2): 1 on VP, as every diffusers pipeline feeds it (SwiftBrush, DMD2). "noise"
     gives it b(t), zero signal (SiD, SiD-LSG).
+    renoise: the noise of the later calls. "fresh": drawn anew (DMD2, LCM); "fixed": the first one; "implied": the
+    student's own estimate, a DDIM step (TDM). The names are those of few-step SiD (arXiv 2505.12674).
     """
 
     path: Path
     times: tuple[float, ...] = (1.0,)
     start: Literal["unit", "noise"] = "unit"
+    renoise: Literal["fresh", "fixed", "implied"] = "fresh"
 
     def input(self, noise: Tensor) -> Tensor:
         """The student's first input (B, *D) from standard-normal noise (B, *D)."""
         a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64, device=noise.device))
         return noise * like(torch.hypot(a, b) if self.start == "unit" else b, noise)
 
+    def time(self, k: int, noise: Tensor) -> Tensor:
+        """The unit time (B,) of call number k, float64."""
+        return torch.full((len(noise),), self.times[k], dtype=torch.float64, device=noise.device)
+
+    def inputs(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
+        """The inputs x_t (B, *D) of calls 0 .. upto (default: the last), each from the x0 of the one before.
+
+        The student is called `upto` times. `draw` gives the fresh noise; renoise="fresh" needs it beyond one call.
+        """
+        xs = [self.input(noise)]
+        for k in range(len(self.times) - 1 if upto is None else upto):
+            est, fresh = net(xs[-1], self.time(k, noise), cond), noise
+            if self.renoise == "implied":
+                fresh = est.eps
+            elif self.renoise == "fresh":
+                if draw is None:
+                    raise ValueError("sampling in more than one step needs `draw`, the source of the fresh noise.")
+                fresh = draw.normal(est.x0)
+            xs.append(self.path.mix(est.x0, fresh, self.time(k + 1, noise)))
+        return xs
+
     def sample(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
         """x0 (B, *D) after call number `upto` (default: the last).
 
-        With `upto`, only that call records gradient (backward simulation, DMD2 section 4.5). `draw` gives the fresh
-        noise and is needed when more than one call is made.
+        With `upto`, only that call records gradient (backward simulation, DMD2 section 4.5).
         """
-        times = self.times if upto is None else self.times[: upto + 1]
-        x = x0 = self.input(noise)
-        for i, time in enumerate(times):
-            t = torch.full((len(noise),), time, dtype=torch.float64, device=noise.device)
-            if i > 0:
-                if draw is None:
-                    raise ValueError("sampling in more than one step needs `draw`, the source of the fresh noise.")
-                x = self.path.mix(x0, draw.normal(x0), t)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and upto in (None, i)):
-                x0 = net(x, t, cond).x0
-        return x0
+        last = len(self.times) - 1 if upto is None else upto
+        with torch.set_grad_enabled(torch.is_grad_enabled() and upto is None):
+            x = self.inputs(net, noise, cond, draw, last)[-1]
+        return net(x, self.time(last, noise), cond).x0

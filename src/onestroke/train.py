@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
-from onestroke.method import Batch, Method, play
+from onestroke.method import Batch, Method, Pairs, play
 from onestroke.paths import Cond
 from onestroke.progress import Progress
 from onestroke.settings import Settings
@@ -30,11 +30,12 @@ from onestroke.settings import Settings
 
 @dataclass(frozen=True)
 class Data:
-    """What batches are made of: rows of conditions, and of real latents where a method needs them."""
+    """What batches are made of: rows of conditions, and of real latents or pairs where a method needs them."""
 
     shape: tuple[int, ...]  # of one latent
     cond: Cond  # (N, ...)
     x0: Tensor | None = None  # (N, *shape)
+    pairs: Pairs | None = None  # (N, *shape) each
 
     def __len__(self) -> int:
         return len(next(iter(self.cond.values())))
@@ -43,7 +44,9 @@ class Data:
         rows = draw.index(len(self))
         noise = draw.normal(self.shape)
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
-        return Batch(noise, cond, draw, None if self.x0 is None else self.x0[rows].to(device))
+        x0 = None if self.x0 is None else self.x0[rows].to(device)
+        pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
+        return Batch(noise, cond, draw, x0, pairs)
 
 
 def live(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -191,7 +194,7 @@ class Trainer:
         return values
 
     def run(self, seconds: float | None = None) -> None:
-        """Play until `settings.steps` rounds, or for `seconds` (the schedule then follows the clock)."""
+        """Play until `settings.steps` rounds or for `seconds`, whichever ends first; the schedule follows that one."""
         s, began = self.settings, time.monotonic() - self.seen
         images = s.batch_size * s.accumulate * self.accelerator.num_processes
         quiet = self.folder is None or not self.accelerator.is_main_process
@@ -199,7 +202,7 @@ class Trainer:
             self.accelerator.init_trackers("run")
         with Progress(s.steps, images, quiet) as progress:
             while self.round < s.steps:
-                done = self.round / s.steps if seconds is None else (time.monotonic() - began) / seconds
+                done = max(self.round / s.steps, (time.monotonic() - began) / seconds if seconds else 0.0)
                 if done >= 1:
                     break
                 log = self.one_round(done)

@@ -136,14 +136,14 @@ def _data(teacher: GaussianMixture, seed: int, null_rate: float = 0.1, count: in
     return Data(teacher.shape, {"label": label}, x0)
 
 
-def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: int = 0) -> Net:
-    """A small net regressed onto the teacher for `seconds`."""
+def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: int = 0, steps: int = 1_000_000) -> Net:
+    """A small net regressed onto the teacher for `seconds`, or for `steps` rounds if these end first."""
     torch.manual_seed(seed)
     data = _data(teacher, seed, 0.2)
     assert data.x0 is not None
     sigma_data = data.x0.square().mean().sqrt().item()
     net = Net(teacher.path, prediction, teacher.shape[0], int(teacher.labels.max()) + 1, sigma_data).to(teacher.means)
-    settings = {**DEFAULTS, "lr": {"*": 3e-3}, "betas": {"*": [0.9, 0.99]}, "seed": seed}
+    settings = {**DEFAULTS, "lr": {"*": 3e-3}, "betas": {"*": [0.9, 0.99]}, "seed": seed, "steps": steps}
     trainer = Trainer(Fit(net, teacher), data, Settings(**settings))
     trainer.run(seconds)
     trainer.finish()
@@ -164,8 +164,9 @@ def converge(
     """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
 
     prediction: of the small net, on the teacher's path. settings: as in `distill` (trainer settings and options of the
-    method), over those of recipes/exact. A fifth of the time goes to the fit. Raises InputError for an unknown method
-    or setting.
+    method), over those of recipes/exact. A fifth of the time goes to the fit; with `steps`, both parts end after that
+    many rounds, so that the result does not depend on the machine's speed. Raises InputError for an unknown method or
+    setting.
     """
     began = time.monotonic()
     cls = get_method(method)
@@ -175,10 +176,16 @@ def converge(
     run, chosen = resolve(settings, options(cls), cls.players, *layers)
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
-        net = fit(teacher, prediction, 0.2 * seconds, seed)
+        net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
         few = FewStep(teacher.path, teacher.path.grid(student_steps))
         parts = Parts(
-            teacher, copy.deepcopy(net), lambda role: copy.deepcopy(net), few, teacher.null, run.guidance_scale
+            copy.deepcopy(net) if "features" in cls.needs else teacher,
+            copy.deepcopy(net),
+            lambda role: copy.deepcopy(net),
+            few,
+            teacher.null,
+            run.guidance_scale,
+            teacher.shape,
         )
         trainer = Trainer(cls(parts, **chosen), _data(teacher, seed), run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)

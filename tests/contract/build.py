@@ -67,7 +67,7 @@ def build(
 
     few = FewStep(on, on.grid(settings.student_steps if settings else 1))
     null = {"label": torch.tensor([-1])}
-    return get_method(name)(Parts(teacher, copy_for("student"), copy_for, few, null, guidance), **options)
+    return get_method(name)(Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,)), **options)
 
 
 def data(path: str = "vp", rows: int = ROWS) -> WideData:

@@ -12,11 +12,12 @@ import torch
 from contract.build import PATHS, batch, build, data, mixture, settings_of, small_net, snapshot, state, trained
 from onestroke.draws import Draws
 from onestroke.errors import InputError
-from onestroke.method import Method, Parts, frozen, play
+from onestroke.method import NEEDS, Method, Parts, frozen, play
 from onestroke.methods import METHODS, describe, get_method, options
-from onestroke.paths import PREDICTIONS
+from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.train import Trainer
+from onestroke.truth import converge, ring
 
 every = pytest.mark.parametrize("name", METHODS)
 table = pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_the_exact_teacher_will_do(name, path, prediction):
         FewStep(on, on.grid(1)),
         teacher.null,
         2.0,
+        teacher.shape,
     )
     method = get_method(name)(parts)
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss (SiD: 100 x a sum) to infinity
@@ -117,7 +119,7 @@ def test_claims_are_complete(name):
     assert cls.players[0] in ("student", "generator")
     assert set(cls.players) | {"teacher"} >= set(cls.passes)
     assert all(isinstance(n, int) and n > 0 for n in cls.passes.values())
-    assert cls.needs <= {"x0", "features", "jvp"}
+    assert cls.needs <= NEEDS.keys()
     assert cls.max_steps >= 1
     assert inspect.Parameter.empty not in options(cls).values()
     for option in options(cls):
@@ -222,6 +224,21 @@ def test_all_ranks_make_the_same_draws(name):
             turns = [turn.player for turn in build(name).step(micro, step)]
             counts.add((draw.calls, tuple(turns)))
         assert len(counts) == 1
+
+
+# ---- convergence ---------------------------------------------------------------------------------------------
+
+
+@every
+def test_a_short_run_approaches_the_truth(name):
+    """200 rounds of 256 from a net fitted in as many: at least two fifths off the distance of the one-step start.
+
+    Rounds, not seconds: the result is that of the method, not of the machine. `make truth` is the long run.
+    """
+    found = converge(name, ring(EDM(), 4, std=0.3), steps=200, batch_size=256, seconds=600)
+    assert found.rounds == 200
+    assert found.sliced_w2 < 0.6 * found.start
+    assert min(w / true for w, true in zip(found.mode_weights, found.true_weights, strict=True)) > 0.5
 
 
 # ---- the kernel that plays them ------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from unittest import mock
 
 import numpy as np
@@ -15,7 +14,6 @@ from onestroke.draws import Draws
 from onestroke.methods.score import sid as source
 from onestroke.methods.score.sid import SiD
 from onestroke.paths import EDM, VP, Flow, Trig
-from onestroke.truth import converge, ring
 from truth import score_checks as checks
 from truth.checks import F64, close, hand_ab, make_path, tensor
 from truth.test_mutants import broken
@@ -221,13 +219,3 @@ def test_the_check_fails_on_the_mutant(module, old, new, check):
     check(broken(module, old, old))
     with pytest.raises((AssertionError, RuntimeError)):  # RuntimeError: nothing to differentiate
         check(broken(module, old, new))
-
-
-# ---- convergence ---------------------------------------------------------------------------------------------
-
-
-def test_sid_improves_on_the_fitted_net():
-    """Eight processor seconds take at least half off the distance on the ring."""
-    with mock.patch("time.monotonic", time.process_time):  # the same work on a busy machine
-        found = converge("sid", ring(EDM()), seconds=8)
-    assert found.sliced_w2 < 0.5 * found.start

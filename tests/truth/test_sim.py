@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.score.sim import SIM
 from onestroke.paths import EDM
-from onestroke.truth import converge, ring
 from truth import score_checks as checks
 from truth.checks import F64, close, hand_ab, labels, make_path, tensor
 from truth.score_checks import MU, TAU, M, S
@@ -206,13 +203,3 @@ def test_the_check_fails_on_the_mutant(old, new, check):
     check(broken("onestroke.methods.score.sim", old, old))
     with pytest.raises(AssertionError):
         check(broken("onestroke.methods.score.sim", old, new))
-
-
-# ---- convergence ---------------------------------------------------------------------------------------------
-
-
-def test_sim_improves_on_the_fitted_net():
-    """Eight processor seconds take at least half off the distance on the ring."""
-    with mock.patch("time.monotonic", time.process_time):  # the same work on a busy machine
-        found = converge("sim", ring(EDM()), seconds=8)
-    assert found.sliced_w2 < 0.5 * found.start

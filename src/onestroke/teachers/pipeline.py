@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onestroke.denoiser import Denoiser
+from onestroke.denoiser import Denoiser, tapped
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Prediction, Table
 from onestroke.sampling import FewStep
@@ -32,12 +32,18 @@ class UNetDenoiser(Denoiser):
     def __init__(self, unet: nn.Module, path: Table, prediction: Prediction):
         super().__init__(path, prediction)
         self.unet = unet
+        downs, ups = (
+            [f"{side}_blocks.{i}" for i in range(len(getattr(unet, f"{side}_blocks")))] for side in ("down", "up")
+        )
+        self.taps, self.bottleneck = (*downs, "mid_block", *ups), len(downs)
 
     def predict(self, x, t, cond):
         index = (t * (self.path.num_timesteps - 1)).to(torch.float32)
         dtype = next(self.unet.parameters()).dtype
         text = cond["text"].to(dtype)
-        return self.unet(x.to(dtype), index, encoder_hidden_states=text, return_dict=False)[0], ()
+        with tapped(self.unet, self.taps) as features:
+            out = self.unet(x.to(dtype), index, encoder_hidden_states=text, return_dict=False)[0]
+        return out, tuple(features)
 
 
 def table_of(scheduler_config: dict[str, Any]) -> Table:
