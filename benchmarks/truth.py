@@ -1,47 +1,35 @@
-"""Does every method find the truth? Distil the 8-mode ring by each, on each path, and write docs/truth.md.
+"""Does every method find the truth? Distil exact teachers by each, record it, and write docs/truth.md.
 
-python -m benchmarks.truth [--seconds 90] [--methods swiftbrush ...] [--out docs/truth.md]
+python -m benchmarks.truth [--seconds 90] [--methods swiftbrush ...] [--cases ring-edm ...] [--seed 0]
+
+Each result goes into src/onestroke/truth.json, over the older one of the same method and case, and
+the page is written from that file: a part of the table can be measured again alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from onestroke.methods import METHODS
-from onestroke.paths import EDM, VP, Flow, Prediction
-from onestroke.paths import Path as NoisingPath
-from onestroke.truth import Convergence, converge, ring
+from onestroke.methods import METHODS, RESULTS, results
+from onestroke.truth import CASES, Convergence, check
 
-
-class Case(NamedTuple):
-    """A path, what the small network predicts on it, and the largest sliced-W2 over the floor that passes."""
-
-    name: str
-    path: NoisingPath
-    prediction: Prediction
-    limit: float
-
-
-CASES = (
-    Case("EDM, x0", EDM(), "x0", 5),
-    Case("VP, v", VP(), "v", 5),
-    Case("flow, flow", Flow(), "flow", 5),
-    Case("VP, eps", VP(), "eps", 12),
-)
+PAGE = Path("docs/truth.md")
 HEAD = """# Truth
 
-Every method distils a teacher whose score is exact, the ring of 8 Gaussians (radius 1, standard deviation 0.1, each its
-own class), from a small network fitted to it for a fifth of the time. Then 20,000 samples of the student, one call
-each, are compared with as many true ones.
+Every method distils a teacher whose score is exact from a small network fitted to it for a fifth of the time. Then
+20,000 samples of the student, one call each, are compared with as many true ones. `ring` is the ring of 8 Gaussians
+(radius 1, standard deviation 0.1, each its own class); `mixture` has 3 anisotropic Gaussians in 8 dimensions.
+`onestroke methods --check NAME` measures one row anew.
 
 - **sliced-W2**: the sliced 2-Wasserstein distance between them. **floor**: the same between two true samples.
   **start**: of the fitted network's one call, before distilling.
@@ -49,25 +37,9 @@ each, are compared with as many true ones.
   to x0 at the noise end amplifies errors 15-fold.
 - **worst mode**: the smallest part of the samples at a mode, over that mode's true weight. It passes from 0.5.
 
-| method | path, prediction | sliced-W2 | floor | ratio | limit | start | worst mode | rounds | seconds | passes |
-|---|---|---|---|---|---|---|---|---|---|---|
+| method | case | sliced-W2 | floor | ratio | limit | start | worst mode | rounds | seconds | passes | measured |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
-
-
-def worst_mode(found: Convergence) -> float:
-    return min(w / true for w, true in zip(found.mode_weights, found.true_weights, strict=True))
-
-
-def passes(case: Case, found: Convergence) -> bool:
-    return found.sliced_w2 <= case.limit * found.floor and worst_mode(found) >= 0.5
-
-
-def row(method: str, case: Case, found: Convergence) -> str:
-    ratio, verdict = found.sliced_w2 / found.floor, "yes" if passes(case, found) else "**no**"
-    return (
-        f"| {method} | {case.name} | {found.sliced_w2:.4f} | {found.floor:.4f} | {ratio:.2f} | {case.limit:g} "
-        f"| {found.start:.4f} | {worst_mode(found):.2f} | {found.rounds} | {found.seconds:.0f} | {verdict} |"
-    )
 
 
 def machine() -> str:
@@ -80,24 +52,45 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, {versions}"
 
 
+def result(method: str, case: str, found: Convergence, seed: int) -> dict[str, Any]:
+    """One row, as the file keeps it."""
+    figures = {k: round(getattr(found, k), 5) for k in ("sliced_w2", "floor", "start", "worst_mode")}
+    about = {"rounds": found.rounds, "seconds": round(found.seconds), "seed": seed, "passes": found.passes(case)}
+    return {"method": method, "case": case, **figures, **about, "date": str(datetime.date.today()), "on": machine()}
+
+
+def line(row: dict[str, Any], machines: list[str]) -> str:
+    ratio, verdict = row["sliced_w2"] / row["floor"], "yes" if row["passes"] else "**no**"
+    return (
+        f"| {row['method']} | {row['case']} | {row['sliced_w2']:.4f} | {row['floor']:.4f} | {ratio:.2f} "
+        f"| {CASES[row['case']].limit:g} | {row['start']:.4f} | {row['worst_mode']:.2f} | {row['rounds']} "
+        f"| {row['seconds']} | {verdict} | {row['date']} ({machines.index(row['on']) + 1}) |"
+    )
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    machines = sorted({row["on"] for row in rows})
+    notes = "\n".join(f"({i}) {text}." for i, text in enumerate(machines, 1))
+    return HEAD + "\n".join(line(row, machines) for row in rows) + f"\n\nMade by `make truth`.\n\n{notes}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90, help="for each method and path, fit and all")
+    parser.add_argument("--seconds", type=float, default=90, help="for each method and case, fit and all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("docs/truth.md"))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
-    rows, good = [], True
-    print(HEAD.rsplit("\n\n", 1)[1], end="")
+    good = True
     for method in args.methods:
-        for case in CASES:
-            found = converge(method, ring(case.path), prediction=case.prediction, seconds=args.seconds, seed=args.seed)
-            rows.append(row(method, case, found))
-            good &= passes(case, found)
-            print(rows[-1], flush=True)
-    about = f"Made by `make truth` on {datetime.date.today()}: {args.seconds:g} s each, seed {args.seed}; {machine()}."
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(HEAD + "\n".join(rows) + f"\n\n{about}\n", encoding="utf-8")
+        for case in args.cases:
+            row = result(method, case, check(method, case, args.seconds, args.seed), args.seed)
+            rows = {(r["method"], r["case"]): r for r in results()} | {(method, case): row}
+            kept = [rows[key] for key in sorted(rows, key=lambda k: (k[0], list(CASES).index(k[1])))]
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+            PAGE.write_text(page(kept), encoding="utf-8")
+            print(line(row, [row["on"]]), flush=True)
+            good &= row["passes"]
     return 0 if good else 1
 
 

@@ -27,6 +27,7 @@ def section(name: str) -> str:
     """One method: its docstring, its claims, its options and its published run settings."""
     row = describe(name)
     calls = ", ".join(f"{role} {count}" for role, count in row["passes"].items())
+    checked = ", ".join(f"{ratio:g} ({case})" for case, ratio in row["checked"].items())
     steps = "1" if row["max_steps"] == 1 else f"1 to {row['max_steps']}"
     lines = [
         f"## {name}",
@@ -38,7 +39,9 @@ def section(name: str) -> str:
         f"- Needs: {', '.join(row['needs'])}",
         f"- Student calls per picture: {steps}",
         f"- Players, in the order of play: {', '.join(row['players'])}",
-        f"- Network passes per round, guidance on: {calls}",
+        f"- Extra memory: {len(row['players']) - 1} trained beside the student; with LoRA their adapters alone",
+        f"- Network passes per round, guidance on: {row['cost']} ({calls})",
+        *([f"- Checked on exact teachers, sliced-W2 over the floor: {checked}"] if checked else []),
         *table(row["options"], ("option", "default")),
         *table(row["defaults"], ("run setting", "published value")),
     ]

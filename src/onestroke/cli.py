@@ -85,22 +85,46 @@ def sample(
 
 
 @app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False):
-    """List the methods: what each needs, plays and costs."""
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    check: Annotated[str | None, typer.Option(help="A method: distil an exact teacher by it and measure.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of the check.")] = 60,
+    case: Annotated[str, typer.Option(help="The exact teacher of the check.")] = "ring, EDM, x0",
+):
+    """List the methods: what each needs, plays and costs, and how near to the truth it came; or check one now."""
     from onestroke.methods import METHODS, describe
 
+    if check:
+        from onestroke.truth import check as run
+
+        found = run(check, case, seconds)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+            return
+        verdict = "passes" if found.passes(case) else "does not pass"
+        print(
+            f"{check} on {case}: sliced-W2 {found.sliced_w2:.4f}, {found.sliced_w2 / found.floor:.2f} x the floor of "
+            f"two true samples ({found.start / found.floor:.1f} x before); worst mode at {found.worst_mode:.2f} of its "
+            f"weight; {found.rounds} rounds in {found.seconds:.0f} s: {verdict}"
+        )
+        return
     rows = [describe(name) for name in METHODS]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("method", "family", "paper", "needs", "steps", "players", "network passes per round")
+    table = Table("method", "family", "paper", "needs", "steps", "players", "extra memory", "passes", "x floor")
     table.columns[0].no_wrap = True
     for row in rows:
         passes = ", ".join(f"{k} {v}" for k, v in row["passes"].items())
         upto = "1" if row["max_steps"] == 1 else f"1-{row['max_steps']}"
-        needs, players = ", ".join(row["needs"]), ", ".join(row["players"])
-        table.add_row(row["name"], row["family"], row["paper"], needs, upto, players, passes)
+        needs, players, extra = ", ".join(row["needs"]), ", ".join(row["players"]), len(row["players"]) - 1
+        passes = f"{row['cost']}: {passes}"
+        nearest = min(row["checked"].values(), default=None)
+        checked = "" if nearest is None else f"{nearest:.1f}"
+        table.add_row(row["name"], row["family"], row["paper"], needs, upto, players, f"{extra} nets", passes, checked)
     console.print(table)
+    console.print("extra memory: networks trained beside the student, adapters alone with LoRA; passes: of one round;")
+    console.print("x floor: the best sliced-W2 on an exact teacher over that of two true samples (docs/truth.md)")
 
 
 @app.command()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from onestroke import terms, times
 from onestroke.denoiser import Denoiser
 from onestroke.draws import Draws
-from onestroke.errors import InputError
+from onestroke.errors import InputError, unknown
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.methods import get_method, options
-from onestroke.paths import Path, Prediction, like
+from onestroke.paths import EDM, VP, Flow, Path, Prediction, like
 from onestroke.run import recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
@@ -123,6 +124,15 @@ class Convergence:
     rounds: int
     seconds: float  # of fitting, distilling and measuring
 
+    @property
+    def worst_mode(self) -> float:
+        """The smallest part of the samples at a component, over that component's weight."""
+        return min(w / true for w, true in zip(self.mode_weights, self.true_weights, strict=True))
+
+    def passes(self, case: str) -> bool:
+        """Within the limit of one of CASES, with no mode under half its weight."""
+        return self.sliced_w2 <= CASES[case].limit * self.floor and self.worst_mode >= 0.5
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -218,3 +228,36 @@ def ring(path: Path, modes: int = 8, radius: float = 1.0, std: float = 0.1) -> G
     """The labelled ring of Gaussians: `modes` components of deviation `std` on a circle, each its own class."""
     angle = torch.arange(modes) * (2 * torch.pi / modes)
     return GaussianMixture(path, radius * torch.stack([angle.cos(), angle.sin()], 1), std, labels=torch.arange(modes))
+
+
+def mixture(path: Path) -> GaussianMixture:
+    """Three anisotropic Gaussians in 8 dimensions, each its own class."""
+    generator = torch.Generator().manual_seed(8)
+    means = torch.randn(3, 8, generator=generator)
+    return GaussianMixture(path, means, 0.1 + 0.4 * torch.rand(3, 8, generator=generator), labels=torch.arange(3))
+
+
+class Case(NamedTuple):
+    """An exact teacher, what the small network predicts on its path, and the largest sliced-W2 over the floor."""
+
+    teacher: Callable[[], GaussianMixture]
+    prediction: Prediction
+    limit: float
+
+
+CASES: dict[str, Case] = {
+    "ring, EDM, x0": Case(lambda: ring(EDM()), "x0", 5),
+    "ring, VP, v": Case(lambda: ring(VP()), "v", 5),
+    "ring, flow": Case(lambda: ring(Flow()), "flow", 5),
+    "ring, VP, eps": Case(lambda: ring(VP()), "eps", 12),
+    "mixture, EDM, x0": Case(lambda: mixture(EDM()), "x0", 5),
+}
+"""What `make truth` measures every method on. On VP, eps prediction amplifies errors 15-fold at the noise end."""
+
+
+def check(method: str, case: str, seconds: float = 90, seed: int = 0) -> Convergence:
+    """`converge` on one of CASES. Raises InputError for a case or method that does not exist."""
+    if case not in CASES:
+        raise unknown("case", case, CASES)
+    teacher, prediction, _ = CASES[case]
+    return converge(method, teacher(), prediction=prediction, seconds=seconds, seed=seed)

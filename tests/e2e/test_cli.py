@@ -193,6 +193,19 @@ def test_methods_and_teachers_as_tables(onestroke):
     assert "teacher" in teachers.out
 
 
+def test_a_method_is_checked_on_an_exact_teacher(onestroke):
+    said = onestroke("methods", "--check", "sid", "--seconds", "2", "--case", "mixture, EDM, x0", "--json")
+    assert said.code == 0, said
+    found = json.loads(said.out)
+    assert 0 < found["floor"] < found["start"]
+    assert set(found["per_label"]) == {"0", "1", "2"}
+    assert "pass" in (words := onestroke("methods", "--check", "sid", "--seconds", "1").out)
+    assert "sid on ring, EDM, x0: sliced-W2" in words
+    wrong = onestroke("methods", "--check", "sid", "--case", "ring")
+    assert wrong.code == 2
+    assert "unknown case 'ring'" in wrong.err
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 

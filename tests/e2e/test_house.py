@@ -40,7 +40,7 @@ COMMANDS = {
         "--resume",
     ],
     "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--out"],
-    "methods": ["--json"],
+    "methods": ["--json", "--check", "--seconds", "--case"],
     "teachers": ["--json"],
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 from onestroke.errors import unknown
@@ -16,6 +18,15 @@ def _files() -> dict[str, str]:
     found = pkgutil.walk_packages(__path__, __name__ + ".")
     names = ((m.name.rsplit(".", 1)[1], m.name) for m in found if not m.ispkg)
     return {name.replace("_", "-"): module for name, module in names if not name.startswith("_")}
+
+
+RESULTS = Path(__file__).parents[1] / "truth.json"
+"""What `make truth` measured last, one row per method and exact teacher."""
+
+
+def results() -> list[dict[str, Any]]:
+    """The rows of RESULTS."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
 
 
 METHODS: dict[str, str] = _files()
@@ -52,6 +63,8 @@ def describe(name: str) -> dict[str, Any]:
         "max_steps": cls.max_steps,
         "players": list(cls.players),
         "passes": dict(cls.passes),
+        "cost": sum(cls.passes.values()),
+        "checked": {r["case"]: round(r["sliced_w2"] / r["floor"], 2) for r in results() if r["method"] == name},
         "options": options(cls),
         "defaults": dict(cls.defaults),
     }
