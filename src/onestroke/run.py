@@ -96,6 +96,21 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
 
 
+def made(teacher: Any, method: type, run: Settings, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The method on roles of a loaded teacher, and how its student is called (a FewStep)."""
+    from onestroke.method import Parts
+    from onestroke.roles import make_role
+    from onestroke.sampling import FewStep
+
+    few = FewStep(teacher.path, teacher.path.grid(run.student_steps))
+
+    def role(name: str):
+        return make_role(teacher.net, name, run)
+
+    parts = Parts(teacher.net, role("student"), role, few, teacher.null, run.guidance_scale, teacher.shape)
+    return method(parts, **options), few
+
+
 def distill(
     teacher: Any,
     *,
@@ -124,9 +139,6 @@ def distill(
             inspect_folder(source)
     check_folder(out, recipe, resume)
 
-    from onestroke.method import Parts
-    from onestroke.roles import make_role
-    from onestroke.sampling import FewStep
     from onestroke.student import load_student, save_student
     from onestroke.teachers import load_teacher
     from onestroke.train import Data, Trainer
@@ -134,15 +146,9 @@ def distill(
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):
         teacher = load_teacher(teacher)
-    few = FewStep(teacher.path, teacher.path.grid(run.student_steps))
-
-    def copy_of_teacher(role: str):
-        return make_role(teacher.net, role, run)
-
-    student = copy_of_teacher("student")
-    parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
+    playing, few = made(teacher, get_method(method), run, chosen)
     data = Data(teacher.shape, teacher.encode(lines))
-    trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
+    trainer = Trainer(playing, data, run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:

@@ -128,7 +128,9 @@ class Trainer:
                 for child in module.modules():
                     if hasattr(child, "enable_gradient_checkpointing"):
                         child.enable_gradient_checkpointing()
-            wrapped = sharded(module) if settings.shard else self.accelerator.prepare_model(module)
+            wrapped = (
+                sharded(module) if settings.shard else self.accelerator.prepare_model(module, device_placement=False)
+            )
             setattr(method, player, wrapped)
             params = [p for p in wrapped.parameters() if p.requires_grad]
             self.optimisers[player] = self.accelerator.prepare_optimizer(
