@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ class Method(nn.Module, ABC):
     """Network calls of one batch per round, by role, with guidance on (a guided call counts two)."""
     max_steps: ClassVar[int] = 1
     """The largest number of calls of the student that the method can train."""
+    target: ClassVar[Literal["law", "modes"]] = "law"
+    """What the student's samples become: samples of the teacher's law, or its modes alone."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, where they differ from the trainer's."""
 

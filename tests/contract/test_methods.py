@@ -231,7 +231,8 @@ def test_all_ranks_make_the_same_draws(name):
 
 @every
 def test_a_short_run_approaches_the_truth(name):
-    """200 rounds of 256 from a net fitted in as many: at least two fifths off the distance of the one-step start.
+    """200 rounds of 256 from a net fitted in as many: at least two fifths off the one-step start's distance to the
+    method's target, the teacher's law or its modes.
 
     Rounds, not seconds: the result is that of the method, not of the machine. `make truth` is the long run.
     """
