@@ -35,10 +35,10 @@ def gauss(path, mean, std, dim: int = 1):
     return Gain(GaussianMixture(path, torch.full((1, dim), mean, dtype=F64), std))
 
 
-def direction(method, student, z, e, cond, t: float = T):
+def direction(method, student, z, e, cond, t: float = T, shared: float = 1.0):
     """The gradient of the student's turn at each sample, (B, D); teacher and fake, if any, must not receive any."""
     with at(t):
-        game = method.step(Batch(z, cond, Given(e, e, e)), 0)
+        game = method.step(Batch(z, cond, Given(e, e, e, shared=shared)), 0)
         turn = next(game)
     assert turn.player == "student"
     sum(turn.terms.values()).backward()

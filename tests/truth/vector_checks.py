@@ -31,16 +31,18 @@ def is_the_closed_form(cls, path, a, b, weight=None, **options):
     close((g * z).mean(), b**2 * S * (1 / p - 1 / q))
 
 
-def is_the_hand_typed_direction(cls, path, a, b, weight, run: float, kappas: tuple[float, float], **options):
+def is_the_hand_typed_direction(
+    cls, path, a, b, weight, run: float, kappas: tuple[float, float], shared: float = 1.0, **options
+):
     """Sample by sample, on networks that are not linear: w (D_fake - D_teacher) and nothing through x_t.
 
-    kappas: the guidance that teacher and fake must get when the run's is `run`.
+    kappas: the guidance that teacher and fake must get when the run's is `run` and the shared number is `shared`.
     """
     z, e = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(12), dtype=F64)
     x = 0.4 + 0.8 * z
     student = Free(x)
     method = cls(parts(path, two_classes(path, *REAL), student, two_classes(path, *FAKE), run), **options)
-    g = direction(method, student, z, e, labels(6, 0))
+    g = direction(method, student, z, e, labels(6, 0), shared=shared)
     real, fake = (guided_x0(x, e, a, b, law, kappa) for law, kappa in zip((REAL, FAKE), kappas, strict=True))
     close(g, weight * (fake - real))
     assert (g.abs() > 1e-6).all()
