@@ -181,7 +181,7 @@ def zero_at_the_truth(cls, path, run: float, shift: float = 0.0, **options):
 
 
 def fake_turn_is_the_closed_form(cls, path, a, b, weight, space, run=1.0, kappa=1.0, null=False, fresh=True, **options):
-    """weight x squared error in x0 or eps, mean over B of the sum over D, on a fresh sample or the same, under kappa."""
+    """weight x squared error in x0 or eps, mean over B of the sum over D, on a fresh sample or not, under kappa."""
     z, e, z2, e2 = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(14), dtype=F64)
     student = Affine(path, tensor(0.4), tensor(0.8))
     method = cls(parts(path, two_classes(path, *REAL), student, two_classes(path, *FAKE), run), **options)
