@@ -69,7 +69,7 @@ def plan_run(
     settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
-    if cls.needs & {"x0"}:
+    if cls.needs_of({**options(cls), **chosen}) & {"x0"}:
         raise InputError(f"method {method!r} needs real images, and only prompts were given.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen), settings, chosen
