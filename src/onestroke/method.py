@@ -69,11 +69,11 @@ class Parts:
 
     def head(self) -> Head:
         """A fresh discriminator head for the bottleneck of the network."""
-        return Head(self._channels()[self.bottleneck])
+        return Head(self._channels()[self.bottleneck]).to(self._kind)
 
     def heads(self) -> Heads:
         """Fresh discriminator heads for every tapped layer of the network."""
-        return Heads(self._channels())
+        return Heads(self._channels()).to(self._kind)
 
     def critic(self, role: str) -> Critic:
         """`copy(role)` with a discriminator head on its bottleneck, one player."""
@@ -83,6 +83,11 @@ class Parts:
     def bottleneck(self) -> int:
         """Which of the tapped features is the narrowest layer's."""
         return self.student.bottleneck
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """The type of the network's weights, which its heads share."""
+        return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
 
     def _channels(self) -> list[int]:
         return feature_channels(self.student, self.shape, self.null)
@@ -117,7 +122,7 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]]
     """Attributes that are trained, in the order of play."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of NEEDS; empty: prompts alone."""
+    """Of NEEDS, with the default options; empty: prompts alone."""
     paper: ClassVar[str]
     """Title and arXiv id."""
     passes: ClassVar[Mapping[str, int]]
@@ -130,6 +135,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, parts: Parts):
         super().__init__()
+
+    @classmethod
+    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        """What a run with these options, all of them, needs. Raises InputError where they contradict each other."""
+        return cls.needs
 
     @abstractmethod
     def step(self, batch: Batch, step: int) -> Iterator[Turn]:

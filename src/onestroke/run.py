@@ -68,7 +68,7 @@ def plan_run(
     settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
-    if "x0" in cls.needs and pictures is None:
+    if "x0" in cls.needs_of({**options(cls), **chosen}) and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
@@ -115,7 +115,7 @@ def distill(
 
     Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
     """
-    out, name = Path(out), getattr(teacher, "name", None) or str(teacher)
+    out, name, cls = Path(out), getattr(teacher, "name", None) or str(teacher), get_method(method)
     if (prompts is None) == (images is None):
         raise InputError("give either --prompts, or --images, whose captions are the prompts.")
     pictures = None if images is None else read_images(images)
@@ -147,10 +147,10 @@ def distill(
     student = copy_of_teacher("student")
     parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
     x0 = None
-    if pictures is not None and "x0" in get_method(method).needs:
+    if pictures is not None and "x0" in cls.needs_of({**options(cls), **chosen}):
         x0 = encoded(teacher, pictures, out / "images.safetensors")
     data = Data(teacher.shape, teacher.encode(lines), x0)
-    trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
+    trainer = Trainer(cls(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:

@@ -184,12 +184,13 @@ def converge(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
     layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS, recipe_defaults("exact", method))
     run, chosen = resolve(settings, options(cls), cls.players, *layers)
+    needs = cls.needs_of({**options(cls), **chosen})
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
         few = FewStep(teacher.path, teacher.path.grid(student_steps))
         parts = Parts(
-            copy.deepcopy(net) if "features" in cls.needs else teacher,
+            copy.deepcopy(net) if "features" in needs else teacher,
             copy.deepcopy(net),
             lambda role: copy.deepcopy(net),
             few,
