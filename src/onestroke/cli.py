@@ -47,8 +47,9 @@ def demo(
 def distill(
     teacher: Annotated[str, typer.Argument(help="Built-in name, pipeline folder or hub id.")],
     method: Annotated[str, typer.Option(help="See `onestroke methods`.")],
-    prompts: Annotated[Path, typer.Option(help="UTF-8 text, one prompt per line.")],
     out: Annotated[Path, typer.Option(help="Empty folder for the student and its checkpoints.")],
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 text, one prompt per line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Or a folder of pictures with captions, the prompts.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rounds of the method.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,
     set_: Annotated[
@@ -63,7 +64,7 @@ def distill(
 
     given = {"seed": seed} | parse(set_ or [])
     given |= {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
-    run(teacher, method=method, prompts=prompts, out=out, resume=resume, **given)
+    run(teacher, method=method, prompts=prompts, images=images, out=out, resume=resume, **given)
     print(f"student: {out}")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from onestroke.errors import InputError, read_json
+from onestroke.errors import InputError, read_json, read_text
+from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
@@ -30,6 +31,7 @@ class Recipe:
     prompts_sha256: str
     settings: dict[str, Any]
     options: dict[str, Any]
+    images_sha256: str | None = None  # of the pictures and their captions
     version: str = metadata.version("onestroke")
 
     def save(self, folder: Path) -> None:
@@ -45,10 +47,7 @@ def read_prompts(source: str | Path | list[str]) -> list[str]:
         path = Path(source)
         if not path.is_file():
             raise InputError(f"no such prompt file: {path}; give a text file with one prompt per line.")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 text.") from None
+        lines = read_text(path).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError("the prompt file is empty; give one prompt per line.")
@@ -62,17 +61,18 @@ def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
 
 
 def plan_run(
-    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any]
+    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any], pictures: Pictures | None = None
 ) -> tuple[Recipe, Settings, dict[str, Any]]:
     """Check everything that can be checked before anything heavy is loaded. Raises InputError."""
     cls = get_method(method)
     settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
-    if cls.needs_of({**options(cls), **chosen}) & {"x0"}:
-        raise InputError(f"method {method!r} needs real images, and only prompts were given.")
+    if "x0" in cls.needs_of({**options(cls), **chosen}) and pictures is None:
+        raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen), settings, chosen
+    images = None if pictures is None else pictures.sha256
+    return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
 
 
 def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
@@ -87,7 +87,7 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     if not known.is_file():
         raise InputError(f"{out} holds no run to resume (no recipe.json); start without --resume.")
     before, now = read_json(known), json.loads(json.dumps(asdict(recipe)))
-    for key in ("teacher", "method", "prompts_sha256", "options"):
+    for key in ("teacher", "method", "prompts_sha256", "images_sha256", "options"):
         if before.get(key) != now[key]:
             raise InputError(f"{out} holds another run: its {key} is {before.get(key)!r}, not {now[key]!r}.")
     for key, value in now["settings"].items():
@@ -100,22 +100,27 @@ def distill(
     teacher: Any,
     *,
     method: str,
-    prompts: str | Path | list[str],
     out: str | Path,
+    prompts: str | Path | list[str] | None = None,
+    images: str | Path | None = None,
     resume: bool = False,
     **settings: Any,
 ):
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
-    one prompt per line, or a list. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
+    one prompt per line, or a list. images, instead: a folder of pictures with captions, which are then the prompts (see
+    `onestroke.images.read_images`). settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
     a number or {player: number}) and the method's own options. Returns the loaded student.
 
     Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
     """
-    out, name = Path(out), getattr(teacher, "name", None) or str(teacher)
-    lines = read_prompts(prompts)
-    recipe, run, chosen = plan_run(name, method, lines, settings)
+    out, name, cls = Path(out), getattr(teacher, "name", None) or str(teacher), get_method(method)
+    if (prompts is None) == (images is None):
+        raise InputError("give either --prompts, or --images, whose captions are the prompts.")
+    pictures = None if images is None else read_images(images)
+    lines = read_prompts(prompts or []) if pictures is None else pictures.captions
+    recipe, run, chosen = plan_run(name, method, lines, settings, pictures)
     if not hasattr(teacher, "net"):
         source = locate(teacher)
         if isinstance(source, Path):
@@ -141,8 +146,11 @@ def distill(
 
     student = copy_of_teacher("student")
     parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
-    data = Data(teacher.shape, teacher.encode(lines))
-    trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
+    x0 = None
+    if pictures is not None and "x0" in cls.needs_of({**options(cls), **chosen}):
+        x0 = encoded(teacher, pictures, out / "images.safetensors")
+    data = Data(teacher.shape, teacher.encode(lines), x0)
+    trainer = Trainer(cls(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:

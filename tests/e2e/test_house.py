@@ -31,8 +31,9 @@ COMMANDS = {
     "distill": [
         "TEACHER",
         "--method",
-        "--prompts",
         "--out",
+        "--prompts",
+        "--images",
         "--steps",
         "--batch-size",
         "--set",

@@ -35,11 +35,7 @@ def gauss(path, mean, std, dim: int = 1):
     return Gain(GaussianMixture(path, torch.full((1, dim), mean, dtype=F64), std))
 
 
-<<<<<<< HEAD
 def direction(method, student, z, e, cond, t: float = T, shared: float = 1.0):
-=======
-def direction(method, student, z, e, cond, t: float = T):
->>>>>>> gan
     """The gradient of the student's turn at each sample, (B, D); teacher and fake, if any, must not receive any."""
     with at(t):
         game = method.step(Batch(z, cond, Given(e, e, e, shared=shared)), 0)
@@ -185,11 +181,7 @@ def zero_at_the_truth(cls, path, run: float, shift: float = 0.0, **options):
 
 
 def fake_turn_is_the_closed_form(cls, path, a, b, weight, space, run=1.0, kappa=1.0, null=False, fresh=True, **options):
-<<<<<<< HEAD
     """weight x squared error in x0 or eps under kappa, on a fresh sample or the same: summed over D, mean over B."""
-=======
-    """weight x squared error in x0 or eps, mean over B of the sum over D, on a fresh sample or not, under kappa."""
->>>>>>> gan
     z, e, z2, e2 = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(14), dtype=F64)
     student = Affine(path, tensor(0.4), tensor(0.8))
     method = cls(parts(path, two_classes(path, *REAL), student, two_classes(path, *FAKE), run), **options)

@@ -183,11 +183,33 @@ class PipelineTeacher:
         rows = {p: i for i, p in enumerate(distinct)}
         return {"text": torch.cat(parts)[torch.tensor([rows[p] for p in prompts])]}
 
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(H', W') of the images, in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return self.shape[1] * factor, self.shape[2] * factor
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(factor, shift) of the autoencoder: x0 = factor (latents - shift)."""
+        config = self.pipeline.vae.config
+        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H', W') in [0, 1] -> latents x0 (B, C, H, W), without the autoencoder's own noise."""
+        if images.shape[2:] != self.resolution:
+            raise InputError(f"images must have {self.resolution} pixels, not {tuple(images.shape[2:])}.")
+        vae, (factor, shift) = self.pipeline.vae, self.scaling
+        out = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+        latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        return ((latents - shift) * factor).float()
+
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
-        vae = self.pipeline.vae
-        latents = x0.to(vae.dtype) / vae.config.scaling_factor
+        vae, (factor, shift) = self.pipeline.vae, self.scaling
+        latents = x0.to(vae.dtype) / factor + shift
         return vae.decode(latents, return_dict=False)[0].float().div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
