@@ -41,9 +41,8 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
-    (out / CARD).write_text(
-        json.dumps({**card, "student_steps": len(few.times), "renoise": few.renoise}, indent=2) + "\n"
-    )
+    card = {**card, "student_steps": len(few.times), "renoise": few.renoise}
+    (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
 
 class Student:
