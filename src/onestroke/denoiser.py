@@ -81,6 +81,11 @@ class Guided(nn.Module):
         return Estimate(no.lerp(yes, self.scale), no_eps.lerp(yes_eps, self.scale), features)
 
 
+def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
+    """`cond` with the null condition in the `rows` (B,) that are true."""
+    return {k: torch.where(rows.reshape(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
+
+
 class OnPath(nn.Module):
     """A denoiser read at the points of another path, by matching the signal-to-noise ratio. Exact."""
 

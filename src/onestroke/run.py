@@ -68,6 +68,8 @@ def plan_run(
     settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
+    if settings.renoise == "fixed" and settings.student_steps > 1:
+        raise InputError("renoise='fixed' has no standard diffusers scheduler; use fresh or implied.")
     if "x0" in cls.needs_of({**options(cls), **chosen}) and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -139,7 +141,7 @@ def distill(
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):
         teacher = load_teacher(teacher)
-    few = FewStep(teacher.path, teacher.path.grid(run.student_steps))
+    few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
 
     def copy_of_teacher(role: str):
         return make_role(teacher.net, role, run)

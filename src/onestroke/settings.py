@@ -25,6 +25,8 @@ class Settings:
     seed: int = 0
     student_steps: int = 1
     """Calls of the student per picture."""
+    renoise: Literal["fresh", "fixed", "implied"] = "fresh"
+    """The noise of the student's later calls: drawn anew, the first one, or the student's own estimate (DDIM)."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
-    (out / CARD).write_text(json.dumps({**card, "student_steps": len(few.times)}, indent=2) + "\n")
+    card = {**card, "student_steps": len(few.times), "renoise": few.renoise}
+    (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
 
 class Student:
@@ -51,7 +53,7 @@ class Student:
 
     def __init__(self, model: PipelineTeacher, card: dict[str, Any]):
         self.model, self.card = model, card
-        self.few = FewStep(model.path, model.path.grid(card["student_steps"]))
+        self.few = FewStep(model.path, model.path.grid(card["student_steps"]), renoise=card.get("renoise", "fresh"))
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
@@ -63,7 +65,7 @@ class Student:
         if steps is not None and not 1 <= steps <= self.model.path.num_timesteps:
             raise InputError(f"a student draws in 1 to {self.model.path.num_timesteps} steps, not {steps}.")
         noise = SeededNoise(len(next(iter(cond.values()))), seed)
-        few = self.few if steps is None else FewStep(self.model.path, self.model.path.grid(steps))
+        few = self.few if steps is None else replace(self.few, times=self.model.path.grid(steps))
         return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
 
     def __call__(

@@ -191,7 +191,7 @@ def converge(
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
-        few = FewStep(teacher.path, teacher.path.grid(student_steps))
+        few = FewStep(teacher.path, teacher.path.grid(student_steps), renoise=run.renoise)
         parts = Parts(
             copy.deepcopy(net) if "features" in needs else teacher,
             copy.deepcopy(net),

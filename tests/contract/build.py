@@ -65,7 +65,8 @@ def build(
             return make_role(teacher, role, settings)
         return small_net(on, prediction, role)
 
-    few = FewStep(on, on.grid(settings.student_steps if settings else 1))
+    run = settings or Settings()
+    few = FewStep(on, on.grid(run.student_steps), renoise=run.renoise)
     null = {"label": torch.tensor([-1])}
     return get_method(name)(Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,)), **options)
 

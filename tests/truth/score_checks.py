@@ -177,7 +177,7 @@ def zero_at_the_truth(cls, path, run: float, shift: float = 0.0, **options):
     g = direction(
         cls(parts(path, two_classes(path, *REAL), student, fake, run), **options), student, z, e, labels(8, 0)
     )
-    assert ((g == 0) == (shift == 0)).all()
+    assert ((g.abs() < 1e-13) == (shift == 0)).all(), g  # to rounding: autograd sums the two networks in its own order
 
 
 def fake_turn_is_the_closed_form(cls, path, a, b, weight, space, run=1.0, kappa=1.0, null=False, fresh=True, **options):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
@@ -223,14 +223,14 @@ class PipelineTeacher:
     def student_pipeline(self, net: nn.Module, few: FewStep) -> Any:
         """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
         steps, count = len(few.times), self.path.num_timesteps
-        if few.start != "unit" or few.times != self.path.grid(steps):
-            raise InputError(f"times {few.times} from {few.start!r} noise have no standard scheduler.")
-        scheduler = LCMScheduler.from_config(
-            self.pipeline.scheduler.config,
-            original_inference_steps=8 if 8 % steps == 0 and count % 8 == 0 else steps,
-            clip_sample=False,
-            thresholding=False,
-        )
+        if few.start != "unit" or few.renoise == "fixed" or few.times != self.path.grid(steps):
+            raise InputError(f"times {few.times} from {few.start!r}, {few.renoise!r} noise have no standard scheduler.")
+        config, plain = self.pipeline.scheduler.config, {"clip_sample": False, "thresholding": False}
+        if few.renoise == "implied":
+            scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, **plain)
+        else:
+            origin = 8 if 8 % steps == 0 and count % 8 == 0 else steps
+            scheduler = LCMScheduler.from_config(config, original_inference_steps=origin, **plain)
         return type(self.pipeline)(
             **{**self.components, "unet": net.unet, "scheduler": scheduler}, requires_safety_checker=False
         )

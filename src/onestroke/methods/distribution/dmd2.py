@@ -88,5 +88,6 @@ class DMD2(Method):
         x = x.detach()
         loss = {"dsm": terms.dsm(self.fake, self.path, x, cond, times.uniform(draw, self.path), draw)}
         if self.gan_weight:
+            assert batch.x0 is not None
             loss["gan"] = self.critic_weight * terms.gan_critic(self.logits(batch.x0, batch), self.logits(x, batch))
         yield Turn("fake", loss)
