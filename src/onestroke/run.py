@@ -133,7 +133,11 @@ def distill(
 
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):
-        teacher = load_teacher(teacher)
+        teacher = load_teacher(teacher, run.size)
+    elif run.size not in (None, teacher.size):
+        raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")
+    cond = teacher.conditions(lines)
+    teacher.park()
     few = FewStep(teacher.path, teacher.path.grid(run.student_steps))
 
     def copy_of_teacher(role: str):
@@ -141,7 +145,7 @@ def distill(
 
     student = copy_of_teacher("student")
     parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
-    data = Data(teacher.shape, teacher.encode(lines))
+    data = Data(teacher.shape, cond)
     trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()
