@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -80,6 +80,8 @@ def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def padded(rows: list[Tensor], length: int | None = None) -> Tensor:
     """Rows (L_i, ...) of different lengths as one tensor (B, L, ...), zeros at the end."""
+    if rows[0].ndim == 0:
+        return torch.stack(rows)
     length = max(len(row) for row in rows) if length is None else length
     out = rows[0].new_zeros((len(rows), length, *rows[0].shape[1:]))
     for i, row in enumerate(rows):
@@ -196,14 +198,14 @@ class Caller:
     pipeline refuses, and for a pipeline whose calls cannot be read.
     """
 
-    def __init__(self, pipeline: Any, part: str, flow: bool, size: tuple[int, int] | None = None):
+    def __init__(self, pipeline: Any, part: str, flow: bool, size: Sequence[int] | None = None):
         self.pipeline, self.part, self.flow, self.size = pipeline, part, flow, size
         self.options = set(inspect.signature(pipeline.__call__).parameters)
         self.unguided = {"true_cfg_scale": 1.0} if "true_cfg_scale" in self.options else {"guidance_scale": 1.0}
-        if len(_first(self.listen(PROBES))) > len(PROBES):
+        self.two = self.listen(PROBES, steps=2, **UNSHIFTED)
+        if len(next(iter(self.two.calls[0].values()))) > len(PROBES):
             self.unguided = {"guidance_scale": 0.0}  # guidance is written as the distance beyond the condition
-        if not self.unguided.keys() <= self.options:
-            self.unguided = {}
+            self.two = self.listen(PROBES, steps=2, **UNSHIFTED)
 
     def keywords(self, guidance_scale: float = 1.0, count: int = 0) -> dict[str, Any]:
         """What the pipeline is called with to draw in this size under this guidance; 1 is none.
@@ -228,7 +230,7 @@ class Caller:
             kept = {k: v for k, v in config.items() if k in FLOW_KEYS}
             made: Any = FlowMatchEulerDiscreteScheduler(**{**kept, **scheduler})
         else:
-            made = DDIMScheduler.from_config(config)
+            made = DDIMScheduler.from_config(config, timestep_spacing="trailing")
         twin.register_modules(**{self.part: listener, "scheduler": made})
         twin.set_progress_bar_config(disable=True)
         try:
@@ -252,7 +254,7 @@ class Caller:
 
     def learn(self) -> tuple[Call, tuple[int, ...], dict[str, Tensor]]:
         """The call, the shape (C, H, W) of one latent, and the unconditional condition with leading dimension 1."""
-        two, more = self.listen(PROBES, steps=2, shift=1.0, use_dynamic_shifting=False), self.listen(2 * PROBES)
+        two, four = self.two, self.listen(2 * PROBES)
         one, other = two.calls[:2]
         sample = next(iter(one))
         time = [k for k, v in one.items() if k != sample and not _same(v, other[k])]
@@ -262,7 +264,7 @@ class Caller:
         call.scale, call.offset = _line(two.scheduler.timesteps[:2], [one[time[0]], other[time[0]]])
         for key, value in one.items():
             if key not in (sample, time[0]):
-                self._sort(call, key, value, more.calls[0][key])
+                self._sort(call, key, value, four.calls[0][key])
         x = one[sample]
         call.listed, x = isinstance(x, list), torch.stack(x) if isinstance(x, list) else x
         shape = self._shape(call, x)
@@ -295,7 +297,7 @@ class Caller:
                 height, width = (n // per for n in self.size)
             else:
                 height = width = 2 * round(x.shape[1] ** 0.5)
-            shape = (x.shape[1] * x.shape[2] // (height * width), height, width)
+            shape: tuple[int, ...] = (x.shape[1] * x.shape[2] // (height * width), height, width)
             if height % 2 or width % 2 or shape[0] * height * width != x[0].numel():
                 raise InputError(f"{self.size} pixels: height and width must be multiples of {2 * per}.")
             index = torch.arange(x[0].numel(), device=x.device).reshape(1, *shape)
@@ -312,10 +314,8 @@ class Caller:
 
     def _null(self, call: Call) -> dict[str, Tensor]:
         """What the pipeline itself sets against the condition when it is guided; the empty prompt where it never is."""
-        cond = call.condition(self.listen(PROBES).calls[0])
-        heard = self.listen(PROBES, guidance_scale=2.0).calls if self.unguided else []
-        halves = []
-        for given in heard:
+        cond, halves = call.condition(self.two.calls[0]), []
+        for given in self.listen(PROBES, guidance_scale=2.0).calls:
             both = call.condition(given)
             halves += [{k: v[i : i + 2] for k, v in both.items()} for i in range(0, len(next(iter(both.values()))), 2)]
         other = [half for half in halves if any(not _same(v, cond[k]) for k, v in half.items())]
@@ -329,7 +329,7 @@ class Caller:
         """Of a flow: the shift of its times in this size, and whether the pipeline leaves their spacing to the
         scheduler, which then counts from 1 to its smallest time."""
         config = self.pipeline.scheduler.config
-        second = self.listen(PROBES[:1], steps=2, shift=1.0, use_dynamic_shifting=False).scheduler.sigmas[1].item()
+        second = self.two.scheduler.sigmas[1].item()
         shift = float(config.get("flow_shift") or config.get("shift") or 1.0)
         if config.get("use_dynamic_shifting"):
             moved = self.listen(PROBES[:1], steps=2).scheduler.sigmas[1].item()
@@ -337,6 +337,7 @@ class Caller:
         return shift, second < 0.25
 
 
+UNSHIFTED = {"shift": 1.0, "use_dynamic_shifting": False}
 FLOW_KEYS = (
     "num_train_timesteps",
     "shift",
@@ -348,10 +349,6 @@ FLOW_KEYS = (
     "time_shift_type",
 )
 """The config of a flow scheduler as far as we listen under it: its shift, and nothing that bends its spacing."""
-
-
-def _first(heard: Heard) -> Any:
-    return next(iter(heard.calls[0].values()))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,17 @@ def prediction_of(scheduler: str, config: dict[str, Any], source: str | Path) ->
     return PREDICTION[kind]
 
 
-def class_of(name: Any, source: str | Path) -> type:
+def parts_of(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline class is made of, by name."""
+    return inspect.signature(cls.__init__).parameters
+
+
+def class_of(name: Any, source: str | Path) -> Any:
     """The pipeline class that model_index.json names. Raises InputError for one that onestroke does not read."""
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, DiffusionPipeline):
         raise InputError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not know.")
-    parts = inspect.signature(cls.__init__).parameters
+    parts = parts_of(cls)
     call = inspect.signature(cls.__call__).parameters
     drawn = {"prompt", "output_type", "num_inference_steps", "guidance_scale"} <= call.keys()
     more = {"image", "control_image", "num_frames", "mask_image"} & call.keys()
@@ -79,8 +84,8 @@ def inspect_folder(folder: Path) -> None:
     declared = read_json(index)
     name = declared.get("_class_name")
     cls = class_of(name, folder)
-    for part, parameter in inspect.signature(cls.__init__).parameters.items():
-        if part == "self" or parameter.default is not parameter.empty and part not in declared:
+    for part, parameter in parts_of(cls).items():
+        if part == "self" or (part not in declared and parameter.default is not parameter.empty):
             continue
         library = declared.get(part)
         if not isinstance(library, list):
@@ -92,9 +97,7 @@ def inspect_folder(folder: Path) -> None:
                 continue
             raise InputError(f"{folder} lacks the component {part!r}, which a {name} needs.")
         if not (folder / part).is_dir():
-            raise InputError(
-                f"{folder} lacks the component {part!r}: model_index.json names it, and no folder holds it."
-            )
+            raise InputError(f"{folder} lacks the component {part!r}: model_index.json names it.")
         if not part.startswith(WEIGHTLESS):
             check_weights(folder / part)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -182,12 +185,12 @@ class PipelineTeacher:
     InputError for a pipeline that cannot be read, or not in this size.
     """
 
-    def __init__(self, pipeline: Any, name: str, size: tuple[int, int] | None = None, source: str | Path | None = None):
+    def __init__(self, pipeline: Any, name: str, size: Sequence[int] | None = None, source: str | Path | None = None):
         self.pipeline, self.name, self.source, self.parked = pipeline, name, source, False
         self.part = next(part for part in NETWORKS if part in pipeline.components)
         config = dict(pipeline.scheduler.config)
         prediction = prediction_of(type(pipeline.scheduler).__name__, config, f"teacher {name!r}")
-        self.caller = Caller(pipeline, self.part, prediction == "flow", tuple(size) if size else None)
+        self.caller = Caller(pipeline, self.part, prediction == "flow", size)
         self.call, self.shape, self._null = self.caller.learn()
         self._widest: dict[str, Tensor] = dict(self._null)
         scale = int(pipeline.vae_scale_factor)
@@ -204,13 +207,13 @@ class PipelineTeacher:
     def _flow(self, config: dict[str, Any]) -> Flow:
         """The path of a flow teacher: its scheduler's shift in this size. One that re-noises is a few-step student's:
         its times are its own, where the pipeline leaves them to it."""
-        shift, spaced = self.caller.shift()
+        shift, self.spaced = self.caller.shift()
         terminal = config.get("shift_terminal") or 0.0
-        own = spaced and (terminal or config.get("stochastic_sampling"))
+        own = self.spaced and (terminal or config.get("stochastic_sampling"))
         return Flow(shift=shift, terminal=terminal if own else None, num_timesteps=config["num_train_timesteps"])
 
     @classmethod
-    def load(cls, source: str | Path, name: str | None = None, size: tuple[int, int] | None = None) -> PipelineTeacher:
+    def load(cls, source: str | Path, name: str | None = None, size: Sequence[int] | None = None) -> PipelineTeacher:
         """From a folder or a hub id. Raises InputError as `load_teacher`."""
         if isinstance(source, Path):
             inspect_folder(source)
@@ -366,7 +369,7 @@ class PipelineTeacher:
                 thresholding=False,
             )
         kept = {k: v for k, v in config.items() if k in FLOW_KEYS} | {"stochastic_sampling": few.renoise == "fresh"}
-        if not self.caller.shift()[1]:
+        if not self.spaced:
             return FlowMatchEulerDiscreteScheduler(**{"shift": path.shift, **kept})
         kept |= {"use_dynamic_shifting": False, "stochastic_sampling": steps == 1 or few.renoise == "fresh"}
         own = path if steps == 1 or path.terminal is not None else stretched(path, steps)

@@ -10,7 +10,10 @@ from onestroke.teachers.calls import Call, clock
 
 
 class UNetDenoiser(Denoiser):
-    """A UNet2DConditionModel on a discrete schedule or a flow, called as `call` says: without it, cond["text"] (B, L, E)."""
+    """A UNet2DConditionModel on a discrete schedule or a flow, called as `call` says.
+
+    Without it: with text alone, cond["text"] (B, L, E). Features are those after each down, middle and up block.
+    """
 
     path: Table | Flow
 
