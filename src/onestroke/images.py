@@ -117,7 +117,7 @@ def _cached(teacher: Any, pictures: Pictures, cache: Path, device: torch.device,
     home = vae.device
     vae.to(device)
     for i in range(0, len(pictures.files), batch_size):
-        images = torch.stack([open_image(f, teacher.resolution) for f in pictures.files[i : i + batch_size]])
+        images = torch.stack([open_image(f, teacher.size) for f in pictures.files[i : i + batch_size]])
         parts.append(teacher.encode_images(images).cpu())
     vae.to(home)
     cache.parent.mkdir(parents=True, exist_ok=True)

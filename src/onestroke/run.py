@@ -140,7 +140,11 @@ def distill(
 
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):
-        teacher = load_teacher(teacher)
+        teacher = load_teacher(teacher, run.size)
+    elif run.size not in (None, teacher.size):
+        raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")
+    cond = teacher.conditions(lines)
+    teacher.park()
     few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
 
     def copy_of_teacher(role: str):
@@ -151,7 +155,7 @@ def distill(
     x0 = None
     if pictures is not None and "x0" in cls.needs_of({**options(cls), **chosen}):
         x0 = encoded(teacher, pictures, out / "images.safetensors")
-    data = Data(teacher.shape, teacher.encode(lines), x0)
+    data = Data(teacher.shape, cond, x0)
     trainer = Trainer(cls(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()

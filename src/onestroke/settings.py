@@ -27,6 +27,9 @@ class Settings:
     """Calls of the student per picture."""
     renoise: Literal["fresh", "fixed", "implied"] = "fresh"
     """The noise of the student's later calls: drawn anew, the first one, or the student's own estimate (DDIM)."""
+    height: int = 0
+    """Of the pictures in pixels; 0: as the teacher draws by itself."""
+    width: int = 0
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
@@ -68,8 +71,15 @@ class Settings:
         for player, pair in self.betas.items():
             if len(pair) != 2 or not all(0 <= beta < 1 for beta in pair):
                 raise InputError(f"setting betas.{player}={pair} must be two numbers in [0, 1).")
+        if min(self.height, self.width) < 0 or (self.height == 0) != (self.width == 0):
+            raise InputError(f"settings height={self.height}, width={self.width} go together: pixels, or 0 each.")
         if not 0 <= self.ema < 1:
             raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, where they are given."""
+        return (self.height, self.width) if self.height else None
 
     def of(self, name: str, player: str, default: Any = None) -> Any:
         """The entry of a per-player setting."""

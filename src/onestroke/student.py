@@ -41,7 +41,8 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
-    card = {**card, "student_steps": len(few.times), "renoise": few.renoise}
+    call = teacher.plain_call(len(few.times))
+    card = {**card, "student_steps": len(few.times), "renoise": few.renoise, "size": teacher.size, "call": call}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -91,7 +92,7 @@ def load_student(folder: str | Path) -> Student:
     if "student_steps" not in card:
         raise InputError(f"{folder} is a teacher, not a student; use load_teacher.")
     inspect_folder(folder)
-    return Student(PipelineTeacher.load(folder), copy.deepcopy(card))
+    return Student(PipelineTeacher.load(folder, size=card.get("size")), copy.deepcopy(card))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

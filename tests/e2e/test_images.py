@@ -146,14 +146,14 @@ def test_the_built_in_teacher_reads_pictures(regress, tmp_path):
     assert student.card["method"] == regress
     x0 = load_file(tmp_path / "run" / "images.safetensors")["x0"]
     assert x0.shape == (4, *teacher.shape)
-    images = torch.stack([open_image(p, teacher.resolution) for p in sorted(root.glob("*.png"))])
+    images = torch.stack([open_image(p, teacher.size) for p in sorted(root.glob("*.png"))])
     assert (teacher.decode(x0) - images).square().mean() < 0.01 < images.var()
 
 
 def test_the_autoencoders_scale_and_shift_are_undone(pipeline_folder):
     teacher = load_teacher(pipeline_folder)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    plain, (factor, _) = teacher.encode_images(images), teacher.scaling
+    plain, factor = teacher.encode_images(images), teacher.pipeline.vae.config.scaling_factor
     drawn = teacher.decode(plain)
     teacher.pipeline.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
     moved = teacher.encode_images(images)
