@@ -14,6 +14,7 @@ import torch
 
 from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
+from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
 
@@ -71,6 +72,8 @@ def plan_run(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
     if cls.needs & {"x0"}:
         raise InputError(f"method {method!r} needs real images, and only prompts were given.")
+    if settings.reward and "reward" not in cls.needs:
+        raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen), settings, chosen
 
@@ -103,28 +106,35 @@ def distill(
     prompts: str | Path | list[str],
     out: str | Path,
     resume: bool = False,
+    reward: str | Score = "",
     **settings: Any,
 ):
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
-    one prompt per line, or a list. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
-    a number or {player: number}) and the method's own options. Returns the loaded student.
+    one prompt per line, or a list. reward, for the methods that need one: "clip:<folder or hub id>", or a
+    differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by default the
+    teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take a
+    number or {player: number}) and the method's own options. Returns the loaded student.
 
     Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
     """
     out, name = Path(out), getattr(teacher, "name", None) or str(teacher)
     lines = read_prompts(prompts)
-    recipe, run, chosen = plan_run(name, method, lines, settings)
-    if not hasattr(teacher, "net"):
-        source = locate(teacher)
-        if isinstance(source, Path):
-            from onestroke.teachers.pipeline import inspect_folder
+    judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
+    recipe, run, chosen = plan_run(name, method, lines, settings | ({"reward": judged} if judged else {}))
+    source = teacher if hasattr(teacher, "net") else locate(teacher)
+    if isinstance(source, Path):
+        from onestroke.teachers.pipeline import inspect_folder
 
-            inspect_folder(source)
+        inspect_folder(source)
+    needs_reward = "reward" in get_method(method).needs
+    if needs_reward:
+        check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
     from onestroke.method import Parts
+    from onestroke.rewards import KEY, load_reward
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
     from onestroke.student import load_student, save_student
@@ -140,8 +150,12 @@ def distill(
         return make_role(teacher.net, role, run)
 
     student = copy_of_teacher("student")
-    parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
-    data = Data(teacher.shape, teacher.encode(lines))
+    cond, null, judge = teacher.encode(lines), teacher.null, None
+    if needs_reward:
+        judge = load_reward(reward or run.reward, teacher)
+        cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
+    parts = Parts(teacher.net, student, copy_of_teacher, few, null, run.guidance_scale, teacher.shape, judge, run.steps)
+    data = Data(teacher.shape, cond)
     trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()

@@ -186,9 +186,14 @@ class PipelineTeacher:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
+        return self.picture(x0)
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """`decode` with gradient."""
         vae = self.pipeline.vae
         latents = x0.to(vae.dtype) / vae.config.scaling_factor
-        return vae.decode(latents, return_dict=False)[0].float().div(2).add(0.5).clamp(0, 1)
+        images = vae.decode(latents, return_dict=False)[0]
+        return images.to(torch.promote_types(images.dtype, torch.float32)).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
     def draw(self, noise: Tensor, prompts: list[str], steps: int, guidance_scale: float) -> Tensor:
