@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
-from truth.checks import F64, Free, close, fourfold, labels, parts
+from onestroke.draws import Draws
+from onestroke.method import Batch
+from onestroke.paths import EDM
+from truth import score_checks
+from truth.checks import F64, Affine, Free, close, fourfold, labels, parts, tensor
 from truth.score_checks import MU, TAU, M, S, direction, gauss
 
 C = 1.7
@@ -28,6 +31,11 @@ def with_reward(cls, reward=nothing, **changes):
     return lambda given, **options: cls(replace(given, reward=reward, **changes), **options)
 
 
+def variances(a, b, s):
+    """(P, Q) of teacher and student at x_t."""
+    return a**2 * TAU**2 + b**2, a**2 * s**2 + b**2
+
+
 def expected_direction(cls, path, mu: float, s: float, reward=quadratic, **options):
     """(E[g], E[g z]) of the student's turn at the student N(mu, s^2), the fake its exact law; the teacher N(M, TAU^2).
 
@@ -40,35 +48,31 @@ def expected_direction(cls, path, mu: float, s: float, reward=quadratic, **optio
     return g.mean(), (g * z).mean()
 
 
-def variances(a, b, s):
-    """(P, Q) of teacher and student at x_t."""
-    return a**2 * TAU**2 + b**2, a**2 * s**2 + b**2
-
-
-def kl_optimum(a, b, w: float) -> tuple[float, float]:
-    """Mean and deviation where b^2 grad KL(q_t || p_t) / a^2 balances w grad (x - C)^2 / 2."""
-    p, _ = variances(a, b, 1)
-    q = 1 / (1 / p + w / b**2)
-    return (M * b**2 / p + C * w) / (b**2 / p + w), math.sqrt(q - b**2) / a
-
-
-def kl_plus_reward_is_the_closed_form(cls, path, a, b):
-    """E[g] = b^2 (mu - m) / P + w (mu - C), E[g z] = b^2 s (1/P - 1/Q) + w s."""
-    p, q = variances(a, b, S)
-    for w in (0.0, 0.05, 3.0):
-        mean, scale = expected_direction(cls, path, MU, S, reward_weight=w)
-        close(mean, b**2 * (MU - M) / p + w * (MU - C))
-        close(scale, b**2 * S * (1 / p - 1 / q) + w * S)
-
-
-def kl_rests_at_the_tilted_law(cls, path, a, b):
+def rests_at(cls, path, optimum: tuple[float, float], rate: float, **options):
     """Nothing moves at the optimum; and descent, the fake always exact, goes there from elsewhere."""
-    w = 0.4 * a**2 * TAU**2 / variances(a, b, 1)[0]  # from w = a^2 TAU^2 / P on the optimum is a point
-    mu, s = kl_optimum(a, b, w)
-    close(torch.stack(expected_direction(cls, path, mu, s, reward_weight=w)), [0.0, 0.0], atol=1e-9)
-    at = torch.tensor([MU, S], dtype=F64)
+    close(torch.stack(expected_direction(cls, path, *optimum, **options)) * rate, [0.0, 0.0], atol=1e-8)
+    at = tensor(MU, S)
     for _ in range(150):
-        at = at - 0.5 * torch.stack(expected_direction(cls, path, *at.tolist(), reward_weight=w)) / w
-    close(at, [mu, s], rtol=0, atol=1e-5)
-    assert abs(mu - M) > 0.1 * abs(C - M)
-    assert s < 0.95 * TAU
+        at = at - rate * torch.stack(expected_direction(cls, path, *at.tolist(), **options))
+    close(at, optimum, rtol=0, atol=1e-5)
+    assert abs(optimum[0] - M) > 0.1 * abs(C - M)
+    assert optimum[1] < 0.95 * TAU
+
+
+def fake_turn(cls, path, a, b, **options):
+    """The EDM weight on a fresh sample, never guided."""
+    weight = (b**2 / a**2 + 0.25) / (0.5 * b / a) ** 2
+    score_checks.fake_turn_is_the_closed_form(with_reward(cls), path, a, b, weight, "x0", run=3.0, **options)
+
+
+def looks_at_log_normal_levels(cls):
+    """log sigma of both turns: N(-1.2, 1.2^2)."""
+    path, seen = EDM(), []
+    fake = gauss(path, MU, S)
+    fake.register_forward_pre_hook(lambda _, args: seen.append(-path.log_snr(args[1])))
+    given = parts(path, gauss(path, M, TAU), Affine(path, tensor(MU), tensor(S)), fake)
+    list(with_reward(cls)(given).step(Batch(torch.zeros(5000, 1, dtype=F64), labels(5000), Draws(0, 0, 5000)), 0))
+    assert len(seen) == 2
+    for level in seen:
+        assert abs(level.mean().item() + 1.2) < 5 * 1.2 / 5000**0.5
+        assert abs(level.std().item() - 1.2) < 5 * 1.2 / 10000**0.5

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from onestroke.draws import Draws
-from onestroke.method import Batch
 from onestroke.methods.alignment.diff_instruct_pp import DiffInstructPP
 from onestroke.paths import EDM
 from truth import reward_checks, score_checks
-from truth.checks import F64, Affine, Free, close, hand_ab, labels, make_path, parts, tensor, two_classes
-from truth.reward_checks import C, quadratic, with_reward
+from truth.checks import F64, Free, close, hand_ab, labels, make_path, parts, tensor, two_classes
+from truth.reward_checks import C, quadratic, variances, with_reward
 from truth.score_checks import FAKE, MU, REAL, TAU, M, S
 from truth.test_mutants import broken
 
 each = pytest.mark.parametrize("name", score_checks.PATHS)
 
 
+def kl_optimum(a, b, w: float) -> tuple[float, float]:
+    """Mean and deviation where (b / a)^2 grad KL(q_t || p_t) balances the gradient of w (x - C)^2 / 2."""
+    p, _ = variances(a, b, 1)
+    q = 1 / (1 / p + w / b**2)
+    return (M * b**2 / p + C * w) / (b**2 / p + w), math.sqrt(q - b**2) / a
+
+
 def closed(cls, name="edm"):
-    reward_checks.kl_plus_reward_is_the_closed_form(cls, make_path(name), *hand_ab(name))
+    """E[g] = b^2 (mu - m) / P + w (mu - C), E[g z] = b^2 s (1/P - 1/Q) + w s."""
+    path, (a, b) = make_path(name), hand_ab(name)
+    p, q = variances(a, b, S)
+    for w in (0.0, 0.05, 3.0):
+        mean, scale = reward_checks.expected_direction(cls, path, MU, S, reward_weight=w)
+        close(mean, b**2 * (MU - M) / p + w * (MU - C))
+        close(scale, b**2 * S * (1 / p - 1 / q) + w * S)
 
 
 def optimum(cls, name="vp"):
-    reward_checks.kl_rests_at_the_tilted_law(cls, make_path(name), *hand_ab(name))
+    """From w = a^2 TAU^2 / P on the optimum is a point."""
+    a, b = hand_ab(name)
+    w = 0.4 * a**2 * TAU**2 / variances(a, b, 1)[0]
+    reward_checks.rests_at(cls, make_path(name), kl_optimum(a, b, w), 0.5 / w, reward_weight=w)
 
 
 def typed(cls, name="vp"):
-    """Sample by sample in two dimensions' worth of classes: a guided teacher, a plain fake, the published weight."""
+    """Sample by sample, on two classes: a guided teacher, a plain fake, the published weight."""
     z, e = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(12), dtype=F64)
     path, (a, b), x = make_path(name), hand_ab(name), 0.4 + 0.8 * z
     for run in (1.0, 3.0):
@@ -50,22 +66,7 @@ def summed(cls, name="vp"):
 
 
 def fake(cls, name="vp"):
-    a, b = hand_ab(name)
-    weight = (b**2 / a**2 + 0.25) / (0.5 * b / a) ** 2
-    score_checks.fake_turn_is_the_closed_form(with_reward(cls), make_path(name), a, b, weight, "x0", run=3.0)
-
-
-def laws(cls):
-    """log sigma of both turns: N(-1.2, 1.2^2)."""
-    path, seen = EDM(), []
-    critic = score_checks.gauss(path, MU, S)
-    critic.register_forward_pre_hook(lambda _, args: seen.append(-path.log_snr(args[1])))
-    given = parts(path, score_checks.gauss(path, M, TAU), Affine(path, tensor(MU), tensor(S)), critic)
-    list(with_reward(cls)(given).step(Batch(torch.zeros(5000, 1, dtype=F64), labels(5000), Draws(0, 0, 5000)), 0))
-    assert len(seen) == 2
-    for level in seen:
-        assert abs(level.mean().item() + 1.2) < 5 * 1.2 / 5000**0.5
-        assert abs(level.std().item() - 1.2) < 5 * 1.2 / 10000**0.5
+    reward_checks.fake_turn(cls, make_path(name), *hand_ab(name))
 
 
 @each
@@ -75,7 +76,7 @@ def test_the_turns_are_the_closed_forms(check, name):
 
 
 def test_times_are_the_published_ones():
-    laws(DiffInstructPP)
+    reward_checks.looks_at_log_normal_levels(DiffInstructPP)
 
 
 @each
@@ -91,7 +92,7 @@ def test_at_the_data_the_optimum_is_the_product_of_two_gaussians():
     v = 1 / (1 / TAU**2 + kappa)
     mu, s = (M / TAU**2 + kappa * C) * v, v**0.5
     with score_checks.at(t):
-        assert reward_checks.kl_optimum(1.0, b, kappa * b**2) == pytest.approx((mu, s), rel=1e-5)
+        assert kl_optimum(1.0, b, kappa * b**2) == pytest.approx((mu, s), rel=1e-5)
 
 
 SOURCE = "onestroke.methods.alignment.diff_instruct_pp"
@@ -110,8 +111,8 @@ MUTANTS = [
     ("draw.normal(batch.noise), cond)", "0 * draw.normal(batch.noise) + batch.noise, cond)", fake),
     ('space="x0"', 'space="eps"', fake),
     ("sigma_data: float = 0.5", "sigma_data: float = 1.0", fake),
-    ("mean: float = -1.2", "mean: float = -1.0", laws),
-    ("std: float = 1.2", "std: float = 1.0", laws),
+    ("mean: float = -1.2", "mean: float = -1.0", reward_checks.looks_at_log_normal_levels),
+    ("std: float = 1.2", "std: float = 1.0", reward_checks.looks_at_log_normal_levels),
 ]
 
 
