@@ -62,6 +62,7 @@ class Parts:
     guidance_scale: float = 1.0
     shape: tuple[int, ...] = ()  # of one latent
     reward: Reward | None = None
+    rounds: int = 1000  # of the whole run, for what changes along it
 
     @property
     def path(self) -> Path:

@@ -15,6 +15,7 @@ import torch
 from onestroke.errors import InputError, read_json, read_text
 from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
+from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
 
@@ -70,8 +71,11 @@ def plan_run(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
     if settings.renoise == "fixed" and settings.student_steps > 1:
         raise InputError("renoise='fixed' has no standard diffusers scheduler; use fresh or implied.")
-    if "x0" in cls.needs_of({**options(cls), **chosen}) and pictures is None:
+    needs = cls.needs_of({**options(cls), **chosen})
+    if "x0" in needs and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
+    if settings.reward and "reward" not in needs:
+        raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
@@ -106,14 +110,17 @@ def distill(
     prompts: str | Path | list[str] | None = None,
     images: str | Path | None = None,
     resume: bool = False,
+    reward: str | Score = "",
     **settings: Any,
 ):
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
     one prompt per line, or a list. images, instead: a folder of pictures with captions, which are then the prompts (see
-    `onestroke.images.read_images`). settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
-    a number or {player: number}) and the method's own options. Returns the loaded student.
+    `onestroke.images.read_images`). reward, for the methods that need one: "clip:<folder or hub id>", or a
+    differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by default the
+    teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take a
+    number or {player: number}) and the method's own options. Returns the loaded student.
 
     Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
     """
@@ -122,16 +129,20 @@ def distill(
         raise InputError("give either --prompts, or --images, whose captions are the prompts.")
     pictures = None if images is None else read_images(images)
     lines = read_prompts(prompts or []) if pictures is None else pictures.captions
-    recipe, run, chosen = plan_run(name, method, lines, settings, pictures)
-    if not hasattr(teacher, "net"):
-        source = locate(teacher)
-        if isinstance(source, Path):
-            from onestroke.teachers.pipeline import inspect_folder
+    judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
+    recipe, run, chosen = plan_run(name, method, lines, settings | ({"reward": judged} if judged else {}), pictures)
+    needs = cls.needs_of({**options(cls), **chosen})
+    source = teacher if hasattr(teacher, "net") else locate(teacher)
+    if isinstance(source, Path):
+        from onestroke.teachers.pipeline import inspect_folder
 
-            inspect_folder(source)
+        inspect_folder(source)
+    if "reward" in needs:
+        check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
     from onestroke.method import Parts
+    from onestroke.rewards import KEY, load_reward
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
     from onestroke.student import load_student, save_student
@@ -144,17 +155,20 @@ def distill(
     elif run.size not in (None, teacher.size):
         raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")
     cond = teacher.conditions(lines)
-    teacher.park()
     few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
 
     def copy_of_teacher(role: str):
         return make_role(teacher.net, role, run)
 
     student = copy_of_teacher("student")
-    parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
-    x0 = None
-    if pictures is not None and "x0" in cls.needs_of({**options(cls), **chosen}):
+    null, judge, x0 = teacher.null, None, None
+    if "reward" in needs:
+        judge = load_reward(reward or run.reward, teacher)
+        cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
+    if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
+    teacher.park()
+    parts = Parts(teacher.net, student, copy_of_teacher, few, null, run.guidance_scale, teacher.shape, judge, run.steps)
     data = Data(teacher.shape, cond, x0)
     trainer = Trainer(cls(parts, **chosen), data, run, out)
     if resume:

@@ -32,6 +32,8 @@ class Settings:
     width: int = 0
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
+    reward: str = ""
+    """Of the methods that need one: "clip:<folder or hub id>"; empty: the teacher's own pair of towers."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
     betas: dict[str, list[float]] = field(default_factory=lambda: {"*": [0.9, 0.999]})
     weight_decay: float = 0.0

@@ -124,3 +124,14 @@ def checked_gan(name: str) -> str:
     if name not in GAN_LOSSES:
         raise unknown("GAN loss", name, GAN_LOSSES)
     return name
+
+
+def sim(x: Tensor, real: Tensor, fake: Tensor, c: float, weight: Tensor) -> Tensor:
+    """- d'(y) . (D_psi - x) of y = D_psi - D_p and d(y) = sqrt(|y|^2 + c^2 D), weighted (B,), mean over B.
+
+    Score implicit matching (arXiv 2410.16794): gradient must flow through x, real and fake (B, *D) alike. It is that of
+    d between the scores with the sampling law frozen.
+    """
+    y = (fake - real).flatten(1)
+    slope = y / (y.square().sum(1, keepdim=True) + c**2 * y.shape[1]).sqrt()
+    return -(weight.to(x) * (slope * (fake - x).flatten(1)).sum(1)).mean()

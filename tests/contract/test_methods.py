@@ -17,7 +17,7 @@ from onestroke.methods import METHODS, describe, get_method, options
 from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.train import Trainer
-from onestroke.truth import converge, ring
+from onestroke.truth import converge, inside, ring
 
 every = pytest.mark.parametrize("name", METHODS)
 table = pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_the_exact_teacher_will_do(name, path, prediction):
         teacher.null,
         2.0,
         teacher.shape,
+        inside(teacher),
     )
     method = get_method(name)(parts)
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss (SiD: 100 x a sum) to infinity

@@ -333,13 +333,17 @@ class PipelineTeacher:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
+        return self.picture(x0)
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """`decode` with gradient."""
         z = x0.to(self.pipeline.vae.dtype)
         if self.call.order is not None:
             z = self.pipeline._unpack_latents(self.call.pack(z), *self.size, self.pipeline.vae_scale_factor)
         factor, shift = self._scaling(z)
         images = self.pipeline.vae.decode(z / factor + shift, return_dict=False)[0]
         images = images[:, :, 0] if images.ndim == 5 else images  # of a video decoder the one frame
-        return images.float().div(2).add(0.5).clamp(0, 1)
+        return images.to(torch.promote_types(images.dtype, torch.float32)).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
     def draw(self, noise: Tensor, prompts: list[str], steps: int, guidance_scale: float) -> Tensor:
