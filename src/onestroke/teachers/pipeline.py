@@ -223,8 +223,10 @@ class PipelineTeacher:
     def student_pipeline(self, net: nn.Module, few: FewStep) -> Any:
         """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
         steps, count = len(few.times), self.path.num_timesteps
-        if few.start != "unit" or few.times != self.path.grid(steps):
-            raise InputError(f"times {few.times} from {few.start!r} noise have no standard scheduler.")
+        if few.start != "unit" or few.times != self.path.grid(steps) or (steps > 1 and few.renoise != "fresh"):
+            raise InputError(
+                f"times {few.times} from {few.start!r} noise, then {few.renoise!r}, have no standard scheduler."
+            )
         scheduler = LCMScheduler.from_config(
             self.pipeline.scheduler.config,
             original_inference_steps=8 if 8 % steps == 0 and count % 8 == 0 else steps,
