@@ -430,6 +430,7 @@ def export(
 ) -> Path:
     """Write a student in another form into `out`, an empty folder, and compare what that draws with the student.
 
+    model: a student's folder, or what `load_student` or `distill` returned; what is written is what its folder holds.
     to: "diffusers", an ordinary pipeline (dtype: float32, float16 or bfloat16); "lora", weights for the teacher's
     pipeline and the scheduler to use with them (rank: extract that many dimensions even where the student was trained
     as LoRA; base: where the teacher is, if not where it was); "onnx", graphs with a dynamic batch for onnxruntime.
@@ -437,8 +438,10 @@ def export(
 
     Raises InputError before anything heavy is loaded, ExportError when the differences are too large.
     """
-    out = Path(out)
-    card = model.card if isinstance(model, Student) else read_card(Path(model))
+    out, folder = Path(out), model.folder if isinstance(model, Student) else Path(model)
+    if folder is None:
+        raise InputError("this student was not read from a folder; give one that load_student returned.")
+    card = read_card(folder)
     if to not in TARGETS:
         raise unknown("export format", to, TARGETS)
     if dtype is not None and dtype not in DTYPES:
@@ -453,7 +456,7 @@ def export(
         find_base(card, base)
     if to == "onnx":
         onnx_runtime()
-    student = copy.deepcopy(model) if isinstance(model, Student) else load_student(model)
+    student = load_student(folder)
     if to == "diffusers":
         to_diffusers(student, out, dtype or "float32")
     elif to == "lora":

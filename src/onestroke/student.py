@@ -16,7 +16,7 @@ from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.roles import adapters, merged
 from onestroke.sampling import FewStep
-from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
 
 CARD = "onestroke.json"
 LORA = "lora"  # the folder of a student's adapters, in its own
@@ -128,11 +128,47 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def load_student(folder: str | Path) -> Student:
-    """Read a student written by `distill`, or exported to diffusers. Raises InputError for a folder that is none."""
+def load_student(
+    folder: str | Path,
+    *,
+    compile: bool = False,
+    channels_last: bool = False,
+    tiny_decoder: str | Path | None = None,
+) -> Student:
+    """Read a student written by `distill`, or exported to diffusers. Raises InputError for a folder that is none.
+
+    For speed: compile, run the network through torch.compile (the first call of a batch size takes minutes);
+    channels_last, keep convolution weights in that order; tiny_decoder, the folder or hub id of an AutoencoderTiny of
+    the same latents (for Stable Diffusion, madebyollin/taesd), which draws in a fraction of the time and less finely.
+    """
     folder = Path(folder)
     card = read_card(folder)
-    return Student(PipelineTeacher.load(folder), copy.deepcopy(card), folder)
+    model = PipelineTeacher.load(folder)
+    if tiny_decoder is not None:
+        model.pipeline.register_modules(vae=read_tiny_decoder(tiny_decoder, model.shape[0]).to(model.device))
+    if channels_last:
+        for part in (model.pipeline.unet, model.pipeline.vae):
+            part.to(memory_format=torch.channels_last)
+    if compile:
+        model.net.taps = ()  # a graph must not change with hooks, and drawing needs no features
+        model.pipeline.unet.compile()
+    return Student(model, copy.deepcopy(card), folder)
+
+
+def read_tiny_decoder(source: str | Path, channels: int) -> nn.Module:
+    """An AutoencoderTiny of latents with so many channels. Raises InputError for anything else."""
+    from diffusers import AutoencoderTiny
+
+    try:
+        with no_bars():
+            found = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"tiny_decoder {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+    lost = [name for name, p in found.named_parameters() if p.is_meta]
+    if lost or found.config.latent_channels != channels:
+        wrong = f"lacks weights ({lost[0]!r})" if lost else f"decodes {found.config.latent_channels} channels"
+        raise InputError(f"tiny_decoder {str(source)!r} {wrong}; give an AutoencoderTiny of {channels} channels.")
+    return found.eval().requires_grad_(False)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

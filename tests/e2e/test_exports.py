@@ -203,6 +203,35 @@ def test_the_built_in_teacher_from_end_to_end(any_precision, tmp_path):
         assert max(parity(out)["max_abs_difference"].values()) <= 1e-4, to
 
 
+# ---- faster drawing --------------------------------------------------------------------------------------------------
+
+
+def test_channels_last_and_compile_draw_the_same(full, monkeypatch):
+    seen, ordinary = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net: seen.append(net) or ordinary(net, backend="eager"))
+    fast, slow = load_student(full, compile=True, channels_last=True), load_student(full)
+    assert seen == [fast.model.net.unet]
+    assert fast.model.net.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    cond = slow.model.encode(PROMPTS)
+    for steps in (1, 4):
+        torch.testing.assert_close(fast.latents(cond, 3, steps), slow.latents(cond, 3, steps), rtol=0, atol=1e-4)
+
+
+def test_a_tiny_decoder_takes_the_place_of_the_decoder(full, tmp_path):
+    other = tiny_pipeline(seed=5).vae
+    other.save_pretrained(tmp_path / "tiny")
+    student, usual = load_student(full, tiny_decoder=tmp_path / "tiny"), load_student(full)
+    latents = usual.latents(usual.model.encode(PROMPTS), 1)
+    expected = other.decode(latents, return_dict=False)[0].div(2).add(0.5).clamp(0, 1)
+    torch.testing.assert_close(student.model.decode(latents), expected)
+    assert (student.model.decode(latents) - usual.model.decode(latents)).abs().max() > 1e-3
+    with pytest.raises(onestroke.InputError, match="decodes 16 channels; give an AutoencoderTiny of 4 channels"):
+        load_student(full, tiny_decoder=BUILT_IN / "emoji64" / "vae")
+    for wrong in (tmp_path / "none", full, full / "unet"):
+        with pytest.raises(onestroke.InputError, match=r"tiny_decoder .*(could not be read|lacks weights)"):
+            load_student(full, tiny_decoder=wrong)
+
+
 # ---- what stands beside ----------------------------------------------------------------------------------------------
 
 
