@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -366,9 +367,12 @@ def schedule(few: FewStep) -> dict[str, list[list[float]]]:
 
 
 class OnnxStudent:
-    """A student exported to ONNX: call it with prompts, as `onestroke.load_student`'s. Raises InputError for others."""
+    """A student exported to ONNX: call it with prompts, as `onestroke.load_student`'s. Raises InputError for others.
 
-    def __init__(self, folder: str | Path):
+    providers: of onnxruntime, such as "CUDAExecutionProvider".
+    """
+
+    def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
         from transformers import AutoTokenizer
 
         runtime, folder = onnx_runtime(), Path(folder)
@@ -378,7 +382,7 @@ class OnnxStudent:
         self.about = self.card["onnx"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.sessions = {
-            name: runtime.InferenceSession(folder / f"{name}.onnx", providers=runtime.get_available_providers())
+            name: runtime.InferenceSession(folder / f"{name}.onnx", providers=list(providers))
             for name in ("denoiser", "decoder", "text_encoder")
         }
 
