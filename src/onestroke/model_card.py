@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onestroke.errors import InputError, read_json
-from onestroke.methods import get_method
+from onestroke.methods import get_method, options
 from onestroke.settings import Settings
 from onestroke.teachers import locate
 
@@ -111,15 +111,21 @@ def figures_of(report: dict[str, Any]) -> str:
     return table(("", *names), body) if rows else ""
 
 
-def data_use(method: str) -> str:
-    """What the student learned from, by the needs of its method."""
+def data_use(method: str, recipe: dict[str, Any]) -> str:
+    """What the student learned from, by the needs of its method with these options."""
     try:
-        needs = get_method(method).needs
+        cls = get_method(method)
+        needs = cls.needs_of({**options(cls), **recipe.get("options", {})}) - {"prompts"}
     except InputError:
         return "unknown"
-    said = {"x0": "real images", "pairs": "pairs of noise and the teacher's own pictures", "prompts": "prompts"}
-    words = [said.get(need, need) for need in sorted(needs | {"prompts"})]
-    return ", ".join(words) + ("" if "x0" in needs else "; no real images")
+    count = f"{recipe['prompts']} prompts" if "prompts" in recipe else "prompts"
+    said = {
+        "x0": "real images, whose captions are the prompts",
+        "pairs": "pairs of noise and the teacher's own pictures",
+    }
+    return ", ".join([count, *(said.get(need, need) for need in sorted(needs))]) + "; no real images" * (
+        "x0" not in needs
+    )
 
 
 def paper_of(method: str) -> str:
@@ -141,7 +147,7 @@ def text_of(folder: Path) -> str:
         "Method": f"{method} ({paper_of(method)})",
         "Teacher": name_of(teacher),
         "Network calls per picture": steps,
-        "Learned from": data_use(method) + (f" ({recipe['prompts']} prompts)" if "prompts" in recipe else ""),
+        "Learned from": data_use(method, recipe),
         "Rounds": card.get("rounds", "unknown"),
         "Licence of the teacher": licence.get("words") or licence.get("license") or "unknown: ask its authors",
     }

@@ -246,7 +246,7 @@ def test_the_model_card_says_how_to_draw(full, pipeline_folder, tmp_path, to):
     exec(usage(out).replace('"tiny"', f'"{pipeline_folder}"'), space)
     assert space["image"].size == (16, 16)
     text = (out / "README.md").read_text()
-    for part in ("arXiv 2312.05239", "prompts; no real images (6 prompts)", "| student, 1 step | 0.25 | 0.5 |"):
+    for part in ("arXiv 2312.05239", "6 prompts; no real images", "| student, 1 step | 0.25 | 0.5 |"):
         assert part in text
     assert str(pipeline_folder.parent) not in text, "a card names no folder of its author's"
 
@@ -260,6 +260,12 @@ def test_the_head_of_the_card_is_valid_for_the_hub(full):
     text = model_card.front_matter(card, "lora")
     head = ModelCard(text).data
     assert (head.base_model, head.license, head["base_model_relation"]) == ("org/name", "openrail++", "adapter")
+
+
+def test_the_data_use_of_a_method_with_images():
+    assert model_card.data_use("dmd2", {"prompts": 9}) == "9 prompts, real images, whose captions are the prompts"
+    assert model_card.data_use("swiftbrush", {}) == "prompts; no real images"
+    assert model_card.data_use("a method of old", {}) == "unknown"
 
 
 def test_the_licence_of_a_teacher(tmp_path, pipeline_folder):
