@@ -86,6 +86,22 @@ def sample(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A student's folder.")],
+    to: Annotated[str, typer.Option(help="diffusers, lora or onnx.")],
+    out: Annotated[Path, typer.Option(help="Empty folder for it, its model card and parity.json.")],
+    dtype: Annotated[str | None, typer.Option(help="Of diffusers: float32, float16 or bfloat16.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of lora: extract this rank; default 64, or as trained.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of lora: the teacher, if not where it was.")] = None,
+):
+    """Write a student as a pipeline, as LoRA weights for its teacher or as ONNX, and compare what that draws."""
+    from onestroke.exports import export as run
+
+    run(model, to=to, out=out, dtype=dtype, rank=rank, base=base)
+    print(f"{to}: {out}")
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     check: Annotated[str | None, typer.Option(help="A method: distil an exact teacher by it and measure.")] = None,

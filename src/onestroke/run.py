@@ -81,15 +81,19 @@ def plan_run(
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
 
 
+def check_empty(out: Path, hint: str = "") -> None:
+    """Refuse to write where something is. Raises InputError."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out} is not empty; choose another --out{hint}.")
+    if file := next((p for p in out.parents if p.is_file()), None):
+        raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
+
+
 def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to overwrite. With resume, the folder must hold the same run (a larger `steps` continues it)."""
     known = out / "recipe.json"
     if not resume:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise InputError(f"{out} is not empty; choose another --out, or continue its run with --resume.")
-        if file := next((p for p in out.parents if p.is_file()), None):
-            raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
-        return
+        return check_empty(out, ", or continue its run with --resume")
     if not known.is_file():
         raise InputError(f"{out} holds no run to resume (no recipe.json); start without --resume.")
     before, now = read_json(known), json.loads(json.dumps(asdict(recipe)))
@@ -122,7 +126,11 @@ def distill(
     teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take a
     number or {player: number}) and the method's own options. Returns the loaded student.
 
-    Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
+    Beside the pipeline stand its model card and parity.json: it is drawn with by plain diffusers and compared with the
+    sampler of training.
+
+    Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite, ExportError when that
+    comparison fails.
     """
     out, name, cls = Path(out), getattr(teacher, "name", None) or str(teacher), get_method(method)
     if (prompts is None) == (images is None):
@@ -141,7 +149,9 @@ def distill(
         check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
+    from onestroke.exports import finish_student
     from onestroke.method import Parts
+    from onestroke.model_card import licence_of
     from onestroke.rewards import KEY, load_reward
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
@@ -179,6 +189,7 @@ def distill(
     student = trainer.finish()
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
-        save_student(teacher, student, few, out, card)
+        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
+        finish_student(teacher, student, few, out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)
