@@ -35,7 +35,7 @@ def gauss(path, mean, std, dim: int = 1):
     return Gain(GaussianMixture(path, torch.full((1, dim), mean, dtype=F64), std))
 
 
-def direction(method, student, z, e, cond, t: float = T, shared: float = 1.0):
+def direction(method, student, z, e, cond, t: float = T, shared: float = 0.999):
     """The gradient of the student's turn at each sample, (B, D); teacher and fake, if any, must not receive any."""
     with at(t):
         game = method.step(Batch(z, cond, Given(e, e, e, shared=shared)), 0)
@@ -180,13 +180,18 @@ def zero_at_the_truth(cls, path, run: float, shift: float = 0.0, **options):
     assert ((g.abs() < 1e-13) == (shift == 0)).all(), g  # to rounding: autograd sums the two networks in its own order
 
 
-def fake_turn_is_the_closed_form(cls, path, a, b, weight, space, run=1.0, kappa=1.0, null=False, fresh=True, **options):
-    """weight x squared error in x0 or eps under kappa, on a fresh sample or the same: summed over D, mean over B."""
+def fake_turn_is_the_closed_form(
+    cls, path, a, b, weight, space, run=1.0, kappa=1.0, null=False, fresh=True, normals=1, **options
+):
+    """weight x squared error in x0 or eps under kappa, on a fresh sample or the same: summed over D, mean over B.
+
+    normals: how many times the student's turn draws noise.
+    """
     z, e, z2, e2 = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(14), dtype=F64)
     student = Affine(path, tensor(0.4), tensor(0.8))
     method = cls(parts(path, two_classes(path, *REAL), student, two_classes(path, *FAKE), run), **options)
     with at(T):
-        game = method.step(Batch(z, labels(6, 0), Given(e, *([z2] if fresh else []), e2)), 0)
+        game = method.step(Batch(z, labels(6, 0), Given(*[e] * normals, *([z2] if fresh else []), e2)), 0)
         next(game)
         turn = next(game)
     assert turn.player == "fake"

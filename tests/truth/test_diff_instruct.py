@@ -36,7 +36,7 @@ def fake(cls, name="vp"):
 def laws(cls):
     """log sigma of both turns: N(-1.2, 1.2^2)."""
     path = EDM()
-    teacher, fake = vector_checks.seen(cls, path)
+    _, teacher, fake = vector_checks.seen(cls, path)
     assert len(teacher.times) == 1
     assert len(fake.times) == 2
     for t in (*teacher.times, *fake.times):

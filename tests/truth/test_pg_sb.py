@@ -43,7 +43,7 @@ def fake(cls, name="vp"):
 
 
 def laws(cls):
-    teacher, fake = vector_checks.seen(cls, VP(), null_rate=1.0)
+    _, teacher, fake = vector_checks.seen(cls, VP(), null_rate=1.0)
     vector_checks.is_uniform(teacher.times[0], 0.02, 0.98)
     vector_checks.is_uniform(fake.times[1], 0.001, 1.0)
     assert (fake.labels[1] == -1).all()

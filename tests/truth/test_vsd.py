@@ -48,7 +48,7 @@ def fake(cls, name="edm"):
 def laws(cls):
     """The student looks at [0.02, 0.98] and from round 5000 at [0.02, 0.5]; the fake learns everywhere."""
     for step, hi in ((0, 0.98), (4999, 0.98), (5000, 0.5)):
-        teacher, fake = vector_checks.seen(cls, VP(), step)
+        _, teacher, fake = vector_checks.seen(cls, VP(), step)
         assert torch.equal(teacher.times[0], fake.times[0])
         vector_checks.is_uniform(teacher.times[0], 0.02, hi)
         vector_checks.is_uniform(fake.times[1], 0.001, 1.0)
@@ -116,7 +116,7 @@ def sds_reduction(cls, name="vp"):
 
 
 def sds_laws(cls):
-    teacher, _ = vector_checks.seen(cls, VP())
+    _, teacher, _ = vector_checks.seen(cls, VP())
     vector_checks.is_uniform(teacher.times[0], 0.02, 0.98)
 
 

@@ -5,6 +5,8 @@ Gaussians and notation of score_checks; w is the weight in x0-space, sheet 0.6.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from onestroke.draws import Draws
@@ -32,7 +34,7 @@ def is_the_closed_form(cls, path, a, b, weight=None, **options):
 
 
 def is_the_hand_typed_direction(
-    cls, path, a, b, weight, run: float, kappas: tuple[float, float], shared: float = 1.0, **options
+    cls, path, a, b, weight, run: float, kappas: tuple[float, float], shared: float = 0.999, **options
 ):
     """Sample by sample, on networks that are not linear: w (D_fake - D_teacher) and nothing through x_t.
 
@@ -77,15 +79,16 @@ class Spy(torch.nn.Module):
         return self.net(x, t, cond)
 
 
-def seen(cls, path, step: int = 0, count: int = 4000, run: float = 1.0, few=None, **options) -> tuple[Spy, Spy]:
-    """(teacher, fake) after one round of `count` samples of class 0, with the method's own draws."""
-    teacher, fake = Spy(gauss(path, M, TAU)), Spy(gauss(path, MU, S))
-    made = parts(path, teacher, Affine(path, tensor(MU), tensor(S)), fake, run)
-    if few is not None:
-        made = type(made)(**{**vars(made), "few": few})
+def seen(cls, path, step: int = 0, count: int = 4000, run: float = 1.0, few=None, **options) -> tuple[Spy, Spy, Spy]:
+    """(student, teacher, fake) after one round of `count` samples of class 0, with the method's own draws."""
+    student, teacher, fake = (
+        Spy(net) for net in (Affine(path, tensor(MU), tensor(S)), gauss(path, M, TAU), gauss(path, MU, S))
+    )
+    made = parts(path, teacher, student, fake, run)
+    made = made if few is None else replace(made, few=few)
     z = torch.zeros(count, 1, dtype=F64)
     list(cls(made, **options).step(Batch(z, labels(count, 0), Draws(0, step, count)), step))
-    return teacher, fake
+    return student, teacher, fake
 
 
 def is_uniform(t: torch.Tensor, lo: float, hi: float) -> None:
