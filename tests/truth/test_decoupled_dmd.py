@@ -87,7 +87,7 @@ def fake(cls, name="edm"):
 
 def schedule(cls):
     """The student plays in rounds 0, 5, 10 and records gradient in no other."""
-    method, _, _, z, e = fixture(cls, "vp", 1.0)
+    method, _, _, z, _ = fixture(cls, "vp", 1.0)
     played = [[t.player for t in method.step(Batch(z, labels(6, 0), Draws(0, i, 6)), i)] for i in range(11)]
     assert played == [["student", "fake"] if i % 5 == 0 else ["fake"] for i in range(11)]
 

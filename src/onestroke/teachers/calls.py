@@ -148,7 +148,7 @@ class Call:
         """Latents (B, C, H, W) as they are passed."""
         if self.order is not None:
             x = x.flatten(1)[:, self.order.to(x.device)]
-        return x if self.row is None else x.reshape(len(x), *self.row)
+        return x if self.row is None else x.reshape(-1, *self.row)
 
     def unpack(self, out: Tensor | list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """What the network returned as latents (B, *shape), in the scheduler's sign."""
@@ -157,7 +157,7 @@ class Call:
             out = out.flatten(1)[:, self.places.to(out.device)]
         elif out.ndim == 4 and out.shape[1] == 2 * shape[0]:
             out = out.chunk(2, 1)[0]
-        return self.sign * out.reshape(len(out), *shape)
+        return self.sign * out.reshape(-1, *shape)  # not len(out): a traced graph would keep the number
 
     def condition(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """The condition in the arguments of one call, by name. A mask left out is one of ones."""
