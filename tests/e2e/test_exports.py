@@ -15,7 +15,6 @@ from torch import nn
 
 import onestroke
 from conftest import PROMPTS, tiny_pipeline
-from e2e import test_cli
 from e2e.test_cli import UNET, check_refused, digest
 from onestroke import exports, model_card
 from onestroke.exports import LORA_FILE, OnnxStudent, by_diffusers, by_training_sampler, extract, gap, with_adapters
@@ -23,8 +22,13 @@ from onestroke.roles import adapters
 from onestroke.student import load_student
 from onestroke.teachers import BUILT_IN, load_teacher
 
-command = test_cli.onestroke  # the fixture: call the command line in this process
 QUICK = dict(method="swiftbrush", batch_size=2, log_with="none", lr=1e-3)
+
+
+@pytest.fixture
+def command(onestroke):
+    """The command line, called in this process, beside the module of the same name."""
+    return onestroke
 
 
 @pytest.fixture(scope="module")
