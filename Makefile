@@ -55,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt $(TORCH_PIP) torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[metrics,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[metrics,onnx,dev]"
 	@touch $@

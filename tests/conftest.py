@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: bit-equality needs one number of threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+os.environ["ONESTROKE_CACHE"] = tempfile.mkdtemp(prefix="onestroke-cache-")
 
 import pytest
 import torch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onestroke.errors import DivergedError, ExportError, InputError, OnestrokeError
+    from onestroke.exports import export
     from onestroke.run import distill
     from onestroke.student import load_student
     from onestroke.teachers import load_teacher
@@ -20,6 +21,7 @@ _HOMES = {
     "InputError": "errors",
     "OnestrokeError": "errors",
     "distill": "run",
+    "export": "exports",
     "load_student": "student",
     "load_teacher": "teachers",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "InputError",
     "OnestrokeError",
     "distill",
+    "export",
     "load_student",
     "load_teacher",
 ]

@@ -47,8 +47,9 @@ def demo(
 def distill(
     teacher: Annotated[str, typer.Argument(help="Built-in name, pipeline folder or hub id.")],
     method: Annotated[str, typer.Option(help="See `onestroke methods`.")],
-    prompts: Annotated[Path, typer.Option(help="UTF-8 text, one prompt per line.")],
     out: Annotated[Path, typer.Option(help="Empty folder for the student and its checkpoints.")],
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 text, one prompt per line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Or a folder of pictures with captions, the prompts.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rounds of the method.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,
     set_: Annotated[
@@ -63,7 +64,7 @@ def distill(
 
     given = {"seed": seed} | parse(set_ or [])
     given |= {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
-    run(teacher, method=method, prompts=prompts, out=out, resume=resume, **given)
+    run(teacher, method=method, prompts=prompts, images=images, out=out, resume=resume, **given)
     print(f"student: {out}")
 
 
@@ -82,6 +83,22 @@ def sample(
 
     run(model, prompts, steps=steps, count=count, seed=seed, guidance_scale=guidance_scale, out=out)
     print(f"pictures: {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A student's folder.")],
+    to: Annotated[str, typer.Option(help="diffusers, lora or onnx.")],
+    out: Annotated[Path, typer.Option(help="Empty folder for it, its model card and parity.json.")],
+    dtype: Annotated[str | None, typer.Option(help="Of diffusers: float32, float16 or bfloat16.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of lora: extract this rank; default 64, or as trained.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of lora: the teacher, if not where it was.")] = None,
+):
+    """Write a student as a pipeline, as LoRA weights for its teacher or as ONNX, and compare what that draws."""
+    from onestroke.exports import export as run
+
+    run(model, to=to, out=out, dtype=dtype, rank=rank, base=base)
+    print(f"{to}: {out}")
 
 
 @app.command()

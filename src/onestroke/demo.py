@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onestroke import metrics
 from onestroke.errors import InputError
+from onestroke.model_card import write_card
 from onestroke.run import distill, read_prompts
 from onestroke.student import SeededNoise, Student, to_pil
 from onestroke.teachers import BUILT_IN, load_teacher
@@ -116,4 +117,5 @@ def demo(out: str | Path = "runs/demo", count: int = 500, **settings: Any) -> di
         "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_card(out)  # again, with the figures
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,17 +37,24 @@ class Denoiser(nn.Module, ABC):
         return self.path.split(x, out, t, self.prediction)._replace(features=features)
 
 
+def first(outputs: Sequence[Tensor]) -> Tensor:
+    """The first output of a layer."""
+    return outputs[0]
+
+
 @contextmanager
-def tapped(net: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+def tapped(
+    net: nn.Module, names: Sequence[str], feature: Callable[[Sequence[Tensor]], Tensor] = first
+) -> Iterator[list[Tensor]]:
     """The outputs (B, C, ...) of these submodules during one call of `net`, in the order they are called.
 
-    Hooks live for this call only, so that copies and wrappers of the network never share them. Of a tuple the first
-    tensor is taken.
+    Hooks live for this call only, so that copies and wrappers of the network never share them. `feature` makes one
+    tensor of the outputs of a layer.
     """
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
-        found.append(out if isinstance(out, Tensor) else out[0])
+        found.append(feature((out,) if isinstance(out, Tensor) else out))
 
     handles = [net.get_submodule(name).register_forward_hook(hook) for name in names]
     try:
@@ -79,6 +86,11 @@ class Guided(nn.Module):
         (yes, no), (yes_eps, no_eps) = est.x0.chunk(2), est.eps.chunk(2)
         features = tuple(f.chunk(2)[0] for f in est.features)
         return Estimate(no.lerp(yes, self.scale), no_eps.lerp(yes_eps, self.scale), features)
+
+
+def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
+    """`cond` with the null condition in the `rows` (B,) that are true."""
+    return {k: torch.where(rows.reshape(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
 
 
 class OnPath(nn.Module):

@@ -31,6 +31,14 @@ class ExportError(OnestrokeError):
     """A written artefact does not reproduce the training sampler."""
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with a byte-order mark or without. Raises InputError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 text.") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError when it is missing or something else."""
     try:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Parts:
     guidance_scale: float = 1.0
     shape: tuple[int, ...] = ()  # of one latent
     reward: Reward | None = None
+    rounds: int = 1000  # of the whole run, for what changes along it
 
     @property
     def path(self) -> Path:
@@ -69,11 +70,11 @@ class Parts:
 
     def head(self) -> Head:
         """A fresh discriminator head for the bottleneck of the network."""
-        return Head(self._channels()[self.bottleneck])
+        return Head(self._channels()[self.bottleneck]).to(self._kind)
 
     def heads(self) -> Heads:
         """Fresh discriminator heads for every tapped layer of the network."""
-        return Heads(self._channels())
+        return Heads(self._channels()).to(self._kind)
 
     def critic(self, role: str) -> Critic:
         """`copy(role)` with a discriminator head on its bottleneck, one player."""
@@ -83,6 +84,11 @@ class Parts:
     def bottleneck(self) -> int:
         """Which of the tapped features is the narrowest layer's."""
         return self.student.bottleneck
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """The type of the network's weights, which its heads share."""
+        return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
 
     def _channels(self) -> list[int]:
         return feature_channels(self.student, self.shape, self.null)
@@ -117,19 +123,26 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]]
     """Attributes that are trained, in the order of play."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of NEEDS; empty: prompts alone."""
+    """Of NEEDS, with the default options; empty: prompts alone."""
     paper: ClassVar[str]
     """Title and arXiv id."""
     passes: ClassVar[Mapping[str, int]]
     """Network calls of one batch per round, by role, with guidance on (a guided call counts two)."""
     max_steps: ClassVar[int] = 1
     """The largest number of calls of the student that the method can train."""
+    target: ClassVar[Literal["law", "modes"]] = "law"
+    """What the student's samples become: samples of the teacher's law, or its modes alone."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, where they differ from the trainer's."""
 
     @abstractmethod
     def __init__(self, parts: Parts):
         super().__init__()
+
+    @classmethod
+    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        """What a run with these options, all of them, needs. Raises InputError where they contradict each other."""
+        return cls.needs
 
     @abstractmethod
     def step(self, batch: Batch, step: int) -> Iterator[Turn]:

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from onestroke.errors import InputError
+
 Prediction = Literal["x0", "eps", "v", "flow"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 Cond = Mapping[str, Tensor]
@@ -201,13 +203,36 @@ class EDM(Path):
 
 @dataclass(frozen=True)
 class Flow(Path):
-    """Rectified flow: a = 1 - t, b = t (arXiv 2209.03003); flow prediction is eps - x0."""
+    """Rectified flow: a = 1 - t, b = t (arXiv 2209.03003); flow prediction is eps - x0.
+
+    shift: of the times of `grid`, which the points 1 - i / steps become: s t / (1 + (s - 1) t) (arXiv 2403.03206,
+    equation 23). terminal: None, or the last time of a scheduler that spaces its times by itself, from 1 to
+    1 / num_timesteps, shifts them and stretches them to end there; 0 leaves them.
+    """
+
+    shift: float = 1.0
+    terminal: float | None = None
+    num_timesteps: int = 1000
 
     def ab(self, t):
         return 1 - t, t
 
     def time_of(self, log_snr):
         return torch.sigmoid(-log_snr)
+
+    def shifted(self, t: float) -> float:
+        """The time that the time t of an unshifted flow becomes."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def grid(self, steps):
+        if self.terminal is None:
+            return tuple(min(self.shifted(1 - i / steps), self.t_max) for i in range(steps))
+        last = self.shifted(1 / self.num_timesteps)
+        times = [self.shifted(1 + (last - 1) * i / max(steps - 1, 1)) for i in range(steps)]
+        if self.terminal and steps == 1:
+            raise InputError("this scheduler ends its times at a point of its own: it draws in 2 steps or more.")
+        stretch = (1 - self.terminal) / (1 - times[-1]) if self.terminal else 1
+        return tuple(min(1 - (1 - t) * stretch, self.t_max) for t in times)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from onestroke.denoiser import clone_sharing
 from onestroke.errors import InputError
@@ -42,3 +43,19 @@ def merged(net: Role) -> Role:
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, module.get_base_layer())
     return net
+
+
+def adapters(net: nn.Module) -> dict[str, Tensor]:
+    """The LoRA weights in a role, as "<layer>.lora_A.weight" and "<layer>.lora_B.weight"; empty for a full copy.
+
+    The scale alpha / rank is multiplied into B: whoever reads them applies B A and nothing else.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, Any] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, LoraLayer):
+            for key in module.active_adapters:
+                found[f"{name}.lora_A.weight"] = module.lora_A[key].weight
+                found[f"{name}.lora_B.weight"] = module.lora_B[key].weight * module.scaling[key]
+    return {k: v.detach().cpu().float().clone(memory_format=torch.contiguous_format) for k, v in found.items()}

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from onestroke.errors import InputError, read_json
+from onestroke.errors import InputError, read_json, read_text
+from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
+from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
 
@@ -30,6 +32,7 @@ class Recipe:
     prompts_sha256: str
     settings: dict[str, Any]
     options: dict[str, Any]
+    images_sha256: str | None = None  # of the pictures and their captions
     version: str = metadata.version("onestroke")
 
     def save(self, folder: Path) -> None:
@@ -45,10 +48,7 @@ def read_prompts(source: str | Path | list[str]) -> list[str]:
         path = Path(source)
         if not path.is_file():
             raise InputError(f"no such prompt file: {path}; give a text file with one prompt per line.")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 text.") from None
+        lines = read_text(path).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError("the prompt file is empty; give one prompt per line.")
@@ -62,32 +62,42 @@ def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
 
 
 def plan_run(
-    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any]
+    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any], pictures: Pictures | None = None
 ) -> tuple[Recipe, Settings, dict[str, Any]]:
     """Check everything that can be checked before anything heavy is loaded. Raises InputError."""
     cls = get_method(method)
     settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
-    if cls.needs & {"x0"}:
-        raise InputError(f"method {method!r} needs real images, and only prompts were given.")
+    if settings.renoise == "fixed" and settings.student_steps > 1:
+        raise InputError("renoise='fixed' has no standard diffusers scheduler; use fresh or implied.")
+    needs = cls.needs_of({**options(cls), **chosen})
+    if "x0" in needs and pictures is None:
+        raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
+    if settings.reward and "reward" not in needs:
+        raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen), settings, chosen
+    images = None if pictures is None else pictures.sha256
+    return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_empty(out: Path, hint: str = "") -> None:
+    """Refuse to write where something is. Raises InputError."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out} is not empty; choose another --out{hint}.")
+    if file := next((p for p in out.parents if p.is_file()), None):
+        raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
 
 
 def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to overwrite. With resume, the folder must hold the same run (a larger `steps` continues it)."""
     known = out / "recipe.json"
     if not resume:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise InputError(f"{out} is not empty; choose another --out, or continue its run with --resume.")
-        if file := next((p for p in out.parents if p.is_file()), None):
-            raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
-        return
+        return check_empty(out, ", or continue its run with --resume")
     if not known.is_file():
         raise InputError(f"{out} holds no run to resume (no recipe.json); start without --resume.")
     before, now = read_json(known), json.loads(json.dumps(asdict(recipe)))
-    for key in ("teacher", "method", "prompts_sha256", "options"):
+    for key in ("teacher", "method", "prompts_sha256", "images_sha256", "options"):
         if before.get(key) != now[key]:
             raise InputError(f"{out} holds another run: its {key} is {before.get(key)!r}, not {now[key]!r}.")
     for key, value in now["settings"].items():
@@ -96,18 +106,21 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
 
 
-def made(teacher: Any, method: type, run: Settings, options: Mapping[str, Any]) -> tuple[Any, Any]:
+def made(
+    teacher: Any, method: type, run: Settings, options: Mapping[str, Any], null: Any = None, reward: Any = None
+) -> tuple[Any, Any]:
     """The method on roles of a loaded teacher, and how its student is called (a FewStep)."""
     from onestroke.method import Parts
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
 
-    few = FewStep(teacher.path, teacher.path.grid(run.student_steps))
+    few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
 
     def role(name: str):
         return make_role(teacher.net, name, run)
 
-    parts = Parts(teacher.net, role("student"), role, few, teacher.null, run.guidance_scale, teacher.shape)
+    scale, null = run.guidance_scale, teacher.null if null is None else null
+    parts = Parts(teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps)
     return method(parts, **options), few
 
 
@@ -115,39 +128,67 @@ def distill(
     teacher: Any,
     *,
     method: str,
-    prompts: str | Path | list[str],
     out: str | Path,
+    prompts: str | Path | list[str] | None = None,
+    images: str | Path | None = None,
     resume: bool = False,
+    reward: str | Score = "",
     **settings: Any,
 ):
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
-    one prompt per line, or a list. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
-    a number or {player: number}) and the method's own options. Returns the loaded student.
+    one prompt per line, or a list. images, instead: a folder of pictures with captions, which are then the prompts (see
+    `onestroke.images.read_images`). reward, for the methods that need one: "clip:<folder or hub id>", or a
+    differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by default the
+    teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take a
+    number or {player: number}) and the method's own options. Returns the loaded student.
 
-    Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
+    Beside the pipeline stand its model card and parity.json: it is drawn with by plain diffusers and compared with the
+    sampler of training.
+
+    Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite, ExportError when that
+    comparison fails.
     """
-    out, name = Path(out), getattr(teacher, "name", None) or str(teacher)
-    lines = read_prompts(prompts)
-    recipe, run, chosen = plan_run(name, method, lines, settings)
-    if not hasattr(teacher, "net"):
-        source = locate(teacher)
-        if isinstance(source, Path):
-            from onestroke.teachers.pipeline import inspect_folder
+    out, name, cls = Path(out), getattr(teacher, "name", None) or str(teacher), get_method(method)
+    if (prompts is None) == (images is None):
+        raise InputError("give either --prompts, or --images, whose captions are the prompts.")
+    pictures = None if images is None else read_images(images)
+    lines = read_prompts(prompts or []) if pictures is None else pictures.captions
+    judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
+    recipe, run, chosen = plan_run(name, method, lines, settings | ({"reward": judged} if judged else {}), pictures)
+    needs = cls.needs_of({**options(cls), **chosen})
+    source = teacher if hasattr(teacher, "net") else locate(teacher)
+    if isinstance(source, Path):
+        from onestroke.teachers.pipeline import inspect_folder
 
-            inspect_folder(source)
+        inspect_folder(source)
+    if "reward" in needs:
+        check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
+    from onestroke.exports import finish_student
+    from onestroke.model_card import licence_of
+    from onestroke.rewards import KEY, load_reward
     from onestroke.student import load_student, save_student
     from onestroke.teachers import load_teacher
     from onestroke.train import Data, Trainer
 
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):
-        teacher = load_teacher(teacher)
-    playing, few = made(teacher, get_method(method), run, chosen)
-    data = Data(teacher.shape, teacher.encode(lines))
+        teacher = load_teacher(teacher, run.size)
+    elif run.size not in (None, teacher.size):
+        raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")
+    cond = teacher.conditions(lines)
+    null, judge, x0 = teacher.null, None, None
+    if "reward" in needs:
+        judge = load_reward(reward or run.reward, teacher)
+        cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
+    if pictures is not None and "x0" in needs:
+        x0 = encoded(teacher, pictures, out / "images.safetensors")
+    teacher.park()
+    playing, few = made(teacher, cls, run, chosen, null, judge)
+    data = Data(teacher.shape, cond, x0)
     trainer = Trainer(playing, data, run, out)
     if resume:
         trainer.resume()
@@ -157,6 +198,7 @@ def distill(
     student = trainer.finish()
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
-        save_student(teacher, student, few, out, card)
+        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
+        finish_student(teacher, student, few, out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)

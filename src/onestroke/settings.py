@@ -25,8 +25,15 @@ class Settings:
     seed: int = 0
     student_steps: int = 1
     """Calls of the student per picture."""
+    renoise: Literal["fresh", "fixed", "implied"] = "fresh"
+    """The noise of the student's later calls: drawn anew, the first one, or the student's own estimate (DDIM)."""
+    height: int = 0
+    """Of the pictures in pixels; 0: as the teacher draws by itself."""
+    width: int = 0
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
+    reward: str = ""
+    """Of the methods that need one: "clip:<folder or hub id>"; empty: the teacher's own pair of towers."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
     betas: dict[str, list[float]] = field(default_factory=lambda: {"*": [0.9, 0.999]})
     weight_decay: float = 0.0
@@ -66,8 +73,15 @@ class Settings:
         for player, pair in self.betas.items():
             if len(pair) != 2 or not all(0 <= beta < 1 for beta in pair):
                 raise InputError(f"setting betas.{player}={pair} must be two numbers in [0, 1).")
+        if min(self.height, self.width) < 0 or (self.height == 0) != (self.width == 0):
+            raise InputError(f"settings height={self.height}, width={self.width} go together: pixels, or 0 each.")
         if not 0 <= self.ema < 1:
             raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, where they are given."""
+        return (self.height, self.width) if self.height else None
 
     def of(self, name: str, player: str, default: Any = None) -> Any:
         """The entry of a per-player setting."""

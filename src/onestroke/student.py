@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +15,80 @@ from torch import Tensor, nn
 
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
-from onestroke.roles import merged
+from onestroke.roles import adapters, merged
 from onestroke.sampling import FewStep
-from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
 
 CARD = "onestroke.json"
+LORA = "lora"  # the folder of a student's adapters, in its own
 
 
 class SeededNoise:
     """Noise per picture: picture i of seed s comes from generator s + i, whatever the batch.
 
-    The numbers are those of a diffusers pipeline called with `generator=[Generator().manual_seed(s + i), ...]`.
+    The numbers are those of a diffusers pipeline of this `dtype` called with
+    `generator=[Generator().manual_seed(s + i), ...]`.
     """
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count: int, seed: int, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
         self.generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
     def normal(self, like: Tensor | tuple[int, ...]) -> Tensor:
         """Standard normal like a tensor (B, *D), or of a shape (*D)."""
         shape = like if isinstance(like, tuple) else tuple(like.shape[1:])
-        rows = torch.cat([torch.randn((1, *shape), generator=g) for g in self.generators])
+        rows = torch.cat([torch.randn((1, *shape), generator=g, dtype=self.dtype) for g in self.generators])
         return rows if isinstance(like, tuple) else rows.to(like)
 
 
+def fingerprint(net: nn.Module) -> str:
+    """SHA-256 of the names, the shapes and the first values of a network's tensors: which weights it has."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path, card: dict[str, Any]) -> None:
-    """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it."""
+    """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it.
+
+    The adapters of a student that has some are merged there; `out`/lora keeps them as they were trained.
+    """
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
-    (out / CARD).write_text(json.dumps({**card, "student_steps": len(few.times)}, indent=2) + "\n")
+    if found := adapters(net):
+        save_lora(pipeline, found, out / LORA)
+    how = {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
+    card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
+    (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def save_lora(pipeline: Any, tensors: dict[str, Tensor], out: Path) -> None:
+    """Write adapters named "unet.<layer>.lora_A.weight" (rank, in) and lora_B (out, rank), as diffusers does.
+
+    The metadata says alpha = rank, a scale of one; readers that expect no metadata apply that scale too.
+    """
+    part = next(iter(tensors)).partition(".")[0]
+    weights = {k.removeprefix(f"{part}."): v for k, v in tensors.items()}
+    layers = sorted(k.removesuffix(".lora_A.weight") for k in weights if k.endswith(".lora_A.weight"))
+    rank = len(weights[f"{layers[0]}.lora_A.weight"])
+    config = {"r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    pipeline.save_lora_weights(
+        out, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}, safe_serialization=True
+    )
 
 
 class Student:
     """A distilled generator. Call it with prompts; it returns PIL images.
 
-    Attributes: model, the pipeline as a denoiser; few, how it is called; card, what was written at training.
+    Attributes: model, the pipeline as a denoiser; few, how it is called; card, what was written at training; folder,
+    where it was read.
     """
 
-    def __init__(self, model: PipelineTeacher, card: dict[str, Any]):
-        self.model, self.card = model, card
-        self.few = FewStep(model.path, model.path.grid(card["student_steps"]))
+    def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
+        self.model, self.card, self.folder = model, card, folder
+        self.few = FewStep(model.path, model.path.grid(card["student_steps"]), renoise=card.get("renoise", "fresh"))
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
@@ -63,7 +100,7 @@ class Student:
         if steps is not None and not 1 <= steps <= self.model.path.num_timesteps:
             raise InputError(f"a student draws in 1 to {self.model.path.num_timesteps} steps, not {steps}.")
         noise = SeededNoise(len(next(iter(cond.values()))), seed)
-        few = self.few if steps is None else FewStep(self.model.path, self.model.path.grid(steps))
+        few = self.few if steps is None else replace(self.few, times=self.model.path.grid(steps))
         return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
 
     def __call__(
@@ -78,9 +115,8 @@ class Student:
         return images
 
 
-def load_student(folder: str | Path) -> Student:
-    """Read a student written by `distill`. Raises InputError for a folder that is none."""
-    folder = Path(folder)
+def read_card(folder: Path) -> dict[str, Any]:
+    """What was written beside a student. Raises InputError for a folder that holds none."""
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; give the --out of a finished `onestroke distill`.")
     if not (folder / CARD).exists():
@@ -88,8 +124,53 @@ def load_student(folder: str | Path) -> Student:
     card = read_json(folder / CARD)
     if "student_steps" not in card:
         raise InputError(f"{folder} is a teacher, not a student; use load_teacher.")
+    if (kind := card.get("format", "diffusers")) != "diffusers":
+        raise InputError(f"{folder} is a student exported to {kind}; give the student that it was exported from.")
     inspect_folder(folder)
-    return Student(PipelineTeacher.load(folder), copy.deepcopy(card))
+    return card
+
+
+def load_student(
+    folder: str | Path,
+    *,
+    compile: bool = False,
+    channels_last: bool = False,
+    tiny_decoder: str | Path | None = None,
+) -> Student:
+    """Read a student written by `distill`, or exported to diffusers. Raises InputError for a folder that is none.
+
+    For speed: compile, run the network through torch.compile (the first call of a batch size takes minutes);
+    channels_last, keep convolution weights in that order; tiny_decoder, the folder or hub id of an AutoencoderTiny of
+    the same latents (for Stable Diffusion, madebyollin/taesd), which draws in a fraction of the time and less finely.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    model = PipelineTeacher.load(folder, size=card.get("size"))
+    if tiny_decoder is not None:
+        model.pipeline.register_modules(vae=read_tiny_decoder(tiny_decoder, model.shape[0]).to(model.device))
+    if channels_last:
+        for part in (getattr(model.pipeline, model.part), model.pipeline.vae):
+            part.to(memory_format=torch.channels_last)
+    if compile:
+        model.net.taps = ()  # a graph must not change with hooks, and drawing needs no features
+        getattr(model.pipeline, model.part).compile()
+    return Student(model, copy.deepcopy(card), folder)
+
+
+def read_tiny_decoder(source: str | Path, channels: int) -> nn.Module:
+    """An AutoencoderTiny of latents with so many channels. Raises InputError for anything else."""
+    from diffusers import AutoencoderTiny
+
+    try:
+        with no_bars():
+            found = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"tiny_decoder {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+    lost = [name for name, p in found.named_parameters() if p.is_meta]
+    if lost or found.config.latent_channels != channels:
+        wrong = f"lacks weights ({lost[0]!r})" if lost else f"decodes {found.config.latent_channels} channels"
+        raise InputError(f"tiny_decoder {str(source)!r} {wrong}; give an AutoencoderTiny of {channels} channels.")
+    return found.eval().requires_grad_(False)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

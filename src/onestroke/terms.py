@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from onestroke.draws import Draws
 from onestroke.errors import unknown
@@ -89,3 +90,48 @@ def sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: Tensor) -> 
     """
     gap = real - fake
     return reduced(like(weight, x) * gap * ((real - x) - alpha * gap), "sum")
+
+
+GAN_LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "softplus": (lambda logit: F.softplus(-logit), lambda logit: F.softplus(-logit)),
+    "hinge": (lambda logit: F.relu(1 - logit), lambda logit: -logit),
+}
+"""What a logit costs: the critic where it should be large, and the student. "softplus" is the non-saturating loss of
+Goodfellow et al. (arXiv 1406.2661), whose best logit is log(real / fake); "hinge" that of Lim and Ye (1705.02894)."""
+
+
+def gan_critic(real: Tensor, fake: Tensor, loss: str = "softplus") -> Tensor:
+    """What the critic descends on its logits (B, N) of real and of the student's samples: a sum of two means."""
+    cost = GAN_LOSSES[loss][0]
+    return cost(real).mean() + cost(-fake).mean()
+
+
+def gan_student(fake: Tensor, loss: str = "softplus") -> Tensor:
+    """What the student descends on the critic's logits (B, N) of its samples."""
+    return GAN_LOSSES[loss][1](fake).mean()
+
+
+def approx_r1(logits: Tensor, nudged: Tensor) -> Tensor:
+    """Mean squared change of the logits (B, N) of real samples under a little noise, for the critic to descend.
+
+    |gradient|^2 times the variance of the noise, without a second derivative (arXiv 2501.08316, equation 3).
+    """
+    return (logits - nudged).square().mean()
+
+
+def checked_gan(name: str) -> str:
+    """`name`, which must be in GAN_LOSSES. Raises InputError otherwise."""
+    if name not in GAN_LOSSES:
+        raise unknown("GAN loss", name, GAN_LOSSES)
+    return name
+
+
+def sim(x: Tensor, real: Tensor, fake: Tensor, c: float, weight: Tensor) -> Tensor:
+    """- d'(y) . (D_psi - x) of y = D_psi - D_p and d(y) = sqrt(|y|^2 + c^2 D), weighted (B,), mean over B.
+
+    Score implicit matching (arXiv 2410.16794): gradient must flow through x, real and fake (B, *D) alike. It is that of
+    d between the scores with the sampling law frozen.
+    """
+    y = (fake - real).flatten(1)
+    slope = y / (y.square().sum(1, keepdim=True) + c**2 * y.shape[1]).sqrt()
+    return -(weight.to(x) * (slope * (fake - x).flatten(1)).sum(1)).mean()

@@ -278,12 +278,13 @@ class Trainer:
         self.round, self.seen = about["round"], about["seconds"]
 
     def finish(self) -> nn.Module:
-        """The trained student, unwrapped, with the averaged weights in it."""
+        """The trained student, unwrapped and in full precision, with the averaged weights in it."""
         if self.average:
             self.average.swap()
         if self.folder is not None:
             self.accelerator.end_training()
-        student = self.bare(self.method.players[0])
+        student = getattr(self.method, self.method.players[0])
+        student = self.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
         if self.shell is not None:
             self.shell.load_state_dict(gathered(learned(student)), strict=False, assign=True)
             student = self.shell.to(self.device)

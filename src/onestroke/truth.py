@@ -15,9 +15,9 @@ from onestroke import terms, times
 from onestroke.denoiser import Denoiser
 from onestroke.draws import Draws
 from onestroke.errors import InputError, unknown
-from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.method import Batch, Method, Parts, Reward, Turn
 from onestroke.methods import get_method, options
-from onestroke.paths import EDM, VP, Flow, Path, Prediction, like
+from onestroke.paths import EDM, VP, Cond, Flow, Path, Prediction, like
 from onestroke.run import recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
@@ -113,10 +113,13 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> fl
 
 @dataclass(frozen=True)
 class Convergence:
-    """What `converge` measured. Distances are sliced-W2 of SAMPLES one- or few-step samples to as many true ones."""
+    """What `converge` measured. Distances are sliced-W2 of SAMPLES one- or few-step samples to as many true ones.
+
+    Of a method whose target is the modes, they are distances to samples of the mixture without its spread.
+    """
 
     sliced_w2: float
-    floor: float  # between two true samples of the same size
+    floor: float  # between two samples of the teacher's law
     start: float  # of the fitted net at the same number of steps, before distilling
     per_label: dict[int, float]
     mode_weights: list[float]  # the part of the samples nearest to each component
@@ -160,6 +163,23 @@ def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: 
     return net
 
 
+def inside(teacher: GaussianMixture) -> Reward:
+    """Zero where a class has its samples, falling off outside: minus half the squared distance to where it is zero.
+
+    In deviations of the nearest component, from sqrt(D) + 3 on, which one true sample in ten thousand exceeds. The
+    truth maximises this reward, so that it stays the optimum of a method whatever weight the reward has there.
+    """
+    radius = teacher.shape[0] ** 0.5 + 3
+
+    def reward(x0: Tensor, cond: Cond) -> Tensor:
+        label = cond["label"][:, None]
+        away = ((x0[:, None] - teacher.means) / teacher.std).square().sum(-1)
+        away = away.masked_fill((label >= 0) & (label != teacher.labels), torch.inf).amin(1)
+        return -(away.clamp_min(radius**2).sqrt() - radius).square() / 2
+
+    return reward
+
+
 @torch.no_grad()
 def converge(
     method: str,
@@ -169,11 +189,13 @@ def converge(
     student_steps: int = 1,
     seconds: float = 60,
     seed: int = 0,
+    reward: Reward | None = None,
     **settings: Any,
 ) -> Convergence:
     """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
 
-    prediction: of the small net, on the teacher's path. settings: as in `distill` (trainer settings and options of the
+    prediction: of the small net, on the teacher's path. reward: for the methods that need one; by default one that is
+    constant on the truth (see `inside`). settings: as in `distill` (trainer settings and options of the
     method), over those of recipes/exact. A fifth of the time goes to the fit; with `steps`, both parts end after that
     many rounds, so that the result does not depend on the machine's speed. Raises InputError for an unknown method or
     setting.
@@ -184,18 +206,21 @@ def converge(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
     layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS, recipe_defaults("exact", method))
     run, chosen = resolve(settings, options(cls), cls.players, *layers)
+    needs = cls.needs_of({**options(cls), **chosen})
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
-        few = FewStep(teacher.path, teacher.path.grid(student_steps))
+        few = FewStep(teacher.path, teacher.path.grid(student_steps), renoise=run.renoise)
         parts = Parts(
-            copy.deepcopy(net) if "features" in cls.needs else teacher,
+            copy.deepcopy(net) if "features" in needs else teacher,
             copy.deepcopy(net),
             lambda role: copy.deepcopy(net),
             few,
             teacher.null,
             run.guidance_scale,
             teacher.shape,
+            reward or inside(teacher),
+            run.steps,
         )
         trainer = Trainer(cls(parts, **chosen), _data(teacher, seed), run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
@@ -206,6 +231,11 @@ def converge(
     label = teacher.classes[torch.multinomial(share, SAMPLES, replacement=True, generator=generator)]
     truth, again = teacher.sample(label, generator), teacher.sample(label, generator)
     noise, cond = torch.randn(truth.shape, generator=generator).to(truth), {"label": label}
+    floor = sliced_w2(again, truth)
+    if cls.target == "modes":
+        modes_alone = copy.deepcopy(teacher)
+        modes_alone.std.zero_()
+        truth = modes_alone.sample(label, generator)
 
     def draw(model: nn.Module) -> Tensor:
         return few.sample(model, noise, cond, Draws(seed + 3, 0, SAMPLES))
@@ -214,7 +244,7 @@ def converge(
     modes = torch.bincount(teacher.nearest(x), minlength=len(teacher.means)) / SAMPLES
     return Convergence(
         sliced_w2=sliced_w2(x, truth),
-        floor=sliced_w2(again, truth),
+        floor=floor,
         start=sliced_w2(before, truth),
         per_label={int(c): sliced_w2(x[label == c], truth[label == c]) for c in teacher.classes},
         mode_weights=[round(w, 4) for w in modes.tolist()],

@@ -12,6 +12,7 @@ from torch import nn
 from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts
 from onestroke.methods import get_method
+from onestroke.paths import Cond
 from onestroke.roles import make_role
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
@@ -65,9 +66,17 @@ def build(
             return make_role(teacher, role, settings)
         return small_net(on, prediction, role)
 
-    few = FewStep(on, on.grid(settings.student_steps if settings else 1))
+    run = settings or Settings()
+    few = FewStep(on, on.grid(run.student_steps), renoise=run.renoise)
     null = {"label": torch.tensor([-1])}
-    return get_method(name)(Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,)), **options)
+    parts = Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,), reward)
+    return get_method(name)(parts, **options)
+
+
+def reward(x0: torch.Tensor, cond: Cond) -> torch.Tensor:
+    """Minus half the squared distance to a point of the label."""
+    at = torch.stack([cond["label"].cos(), cond["label"].sin()], 1)
+    return -(x0 - at).square().sum(1) / 2
 
 
 def data(path: str = "vp", rows: int = ROWS) -> WideData:

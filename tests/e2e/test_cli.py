@@ -10,54 +10,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
-from transformers.utils import logging as transformers_logging
 
-from onestroke import cli
+from e2e.conftest import Said
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("--steps", "2", "--batch-size", "2")
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def onestroke(monkeypatch, capsys):
-    """Call the command line in this process: onestroke("methods", "--json") -> Said.
-
-    What cli.quiet does by environment variables before these libraries are imported is done to them here.
-    """
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["onestroke", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Said(code, *capsys.readouterr())
-
-    yield call
-    for library, (shown, verbosity) in zip(libraries, before, strict=True):
-        library.set_verbosity(verbosity)
-        if shown:
-            library.enable_progress_bar()
 
 
 def shell(*words: object, cwd: Path) -> Said:
@@ -376,8 +338,28 @@ def rename_class(path: Path) -> None:
     path.write_text(path.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
 
 
+def video_class(path: Path) -> None:
+    path.write_text(path.read_text().replace("StableDiffusionPipeline", "LTXPipeline"))
+
+
+def picture_class(path: Path) -> None:
+    path.write_text(path.read_text().replace("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"))
+
+
+def unknown_class(path: Path) -> None:
+    path.write_text(path.read_text().replace("StableDiffusionPipeline", "PaintingPipeline"))
+
+
+def own_code(path: Path) -> None:
+    path.write_text(path.read_text().replace('"_class_name": "StableDiffusionPipeline"', '"_class_name": ["own", "P"]'))
+
+
+def other_scheduler(path: Path) -> None:
+    path.write_text(path.read_text().replace("DDIMScheduler", "EDMEulerScheduler"))
+
+
 def other_prediction(path: Path) -> None:
-    path.write_text(path.read_text().replace("v_prediction", "flow_prediction"))
+    path.write_text(path.read_text().replace("v_prediction", "velocity"))
 
 
 def epsilon(path: Path) -> None:
@@ -398,11 +380,16 @@ def epsilon(path: Path) -> None:
         ("text_encoder/model.safetensors", other_shape, ("could not be read",)),
         ("model_index.json", Path.unlink, ("is no diffusers pipeline: it has no model_index.json",)),
         ("model_index.json", broken_json, ("model_index.json is not valid JSON",)),
-        ("model_index.json", rename_class, ("is a FluxPipeline; onestroke reads StableDiffusionPipeline",)),
+        ("model_index.json", rename_class, ("lacks the component 'transformer', which a FluxPipeline needs",)),
+        ("model_index.json", video_class, ("is a LTXPipeline; onestroke reads text-to-image pipelines",)),
+        ("model_index.json", picture_class, ("is a StableDiffusionImg2ImgPipeline; onestroke reads text-to-image",)),
+        ("model_index.json", unknown_class, ("is a PaintingPipeline, which diffusers", "does not know")),
+        ("model_index.json", own_code, ("is a ['own', 'P'], which diffusers", "does not know")),
         ("text_encoder", shutil.rmtree, ("lacks the component 'text_encoder'",)),
         ("vae", shutil.rmtree, ("lacks the component 'vae'",)),
         ("scheduler/scheduler_config.json", Path.unlink, ("scheduler_config.json is missing",)),
-        ("scheduler/scheduler_config.json", other_prediction, ("predicts 'flow_prediction'; onestroke reads epsilon",)),
+        ("scheduler/scheduler_config.json", other_prediction, ("predicts 'velocity'; onestroke reads epsilon",)),
+        ("scheduler/scheduler_config.json", other_scheduler, ("has a EDMEulerScheduler; onestroke reads",)),
         ("scheduler/scheduler_config.json", epsilon, ("'eps' prediction is singular",)),
     ],
 )

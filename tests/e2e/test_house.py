@@ -25,14 +25,24 @@ from onestroke.settings import resolve
 from onestroke.teachers import GaussianMixture, built_in
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = ["DivergedError", "ExportError", "InputError", "OnestrokeError", "distill", "load_student", "load_teacher"]
+PUBLIC = [
+    "DivergedError",
+    "ExportError",
+    "InputError",
+    "OnestrokeError",
+    "distill",
+    "export",
+    "load_student",
+    "load_teacher",
+]
 COMMANDS = {
     "demo": ["--out"],
     "distill": [
         "TEACHER",
         "--method",
-        "--prompts",
         "--out",
+        "--prompts",
+        "--images",
         "--steps",
         "--batch-size",
         "--set",
@@ -40,6 +50,7 @@ COMMANDS = {
         "--resume",
     ],
     "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--out"],
+    "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],
     "methods": ["--json", "--check", "--seconds", "--case"],
     "teachers": ["--json"],
 }
@@ -110,7 +121,7 @@ def test_dependencies_stay_few():
     assert about["requires-python"] == ">=3.10"
     assert "torch>=2.6" in about["dependencies"]
     assert about["version"] == onestroke.__version__
-    assert {"metrics", "recipes", "dev"} <= about["optional-dependencies"].keys()
+    assert {"metrics", "onnx", "recipes", "dev"} <= about["optional-dependencies"].keys()
 
 
 def test_documents_name_one_version_and_one_licence():

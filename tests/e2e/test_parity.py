@@ -20,13 +20,13 @@ KINDS = {  # diffusers' name of the prediction: zero terminal SNR or not
 }
 
 
-def write_student(folder, prediction_type: str, zero_snr: bool, steps: int = 1) -> None:
+def write_student(folder, prediction_type: str, zero_snr: bool, steps: int = 1, renoise: str = "fresh") -> None:
     """A student as `distill` writes it, with weights that are not its teacher's."""
     teacher = PipelineTeacher(tiny_pipeline(prediction_type, zero_snr), prediction_type)
     net, generator = copy.deepcopy(teacher.net), torch.Generator().manual_seed(1)
     for p in net.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    few = FewStep(teacher.path, teacher.path.grid(steps))
+    few = FewStep(teacher.path, teacher.path.grid(steps), renoise=renoise)
     save_student(teacher, net, few, folder, {"method": "none", "teacher": prediction_type})
 
 
@@ -98,6 +98,21 @@ def test_a_student_of_several_steps_takes_them_by_itself(tmp_path, steps):
     cond = student.model.encode(PROMPTS[:2])
     assert torch.equal(student.latents(cond, SEED), student.latents(cond, SEED, steps))
     assert student.few.times == tuple((1000 - 1000 // steps * i - 1) / 999 for i in range(steps))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_student_that_keeps_its_own_noise_is_a_ddim_pipeline(tmp_path, kind, steps):
+    from diffusers import DiffusionPipeline
+
+    write_student(tmp_path / "student", kind, KINDS[kind], steps, "implied")
+    student, plain = load_student(tmp_path / "student"), DiffusionPipeline.from_pretrained(tmp_path / "student")
+    plain.set_progress_bar_config(disable=True)
+    assert student.few.renoise == "implied"
+    latents = student.latents(student.model.encode(PROMPTS[:3]), SEED)
+    calls = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
+    raw = plain(PROMPTS[:3], generator=generators(3), **calls).images
+    assert (latents - raw).abs().max() <= 1e-4 * latents.abs().max().clamp(min=1)
 
 
 def test_the_scheduler_starts_where_the_student_was_trained(pipeline):

@@ -122,9 +122,9 @@ class Free(nn.Module):
 
 
 class Given(Draws):
-    """Draws whose normal numbers are given, and whose shared number is 1 unless said otherwise."""
+    """Draws whose normal numbers are given, and whose shared number is near 1 unless said otherwise."""
 
-    def __init__(self, *normals, shared: float = 1.0):
+    def __init__(self, *normals, shared: float = 0.999):
         super().__init__(0, 0, len(normals[0]))
         self.normals, self.share = list(normals), shared
 

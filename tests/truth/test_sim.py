@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import Batch
+from onestroke.methods.score import sim as source
 from onestroke.methods.score.sim import SIM
 from onestroke.paths import EDM
 from truth import score_checks as checks
@@ -186,20 +188,30 @@ def fake(module):
     checks.fake_turn_is_the_closed_form(module.SIM, make_path("vp"), a, b, edm_weight(a, b), "x0")
 
 
+def with_terms(check):
+    def on_terms(module):
+        with mock.patch.object(source, "terms", module):
+            check(source)
+
+    return on_terms
+
+
+SOURCE, TERMS = "onestroke.methods.score.sim", "onestroke.terms"
 MUTANTS = [
-    ("y = (fake - real)", "y = (real - fake)", closed),
-    ("loss = -(slope * (fake - x)", "loss = -(slope * (real - x)", closed),
-    ("loss = -(slope * (fake - x)", "loss = -(slope.detach() * (fake - x)", closed),
-    ("keepdim=True) + self.c**2", "keepdim=True).detach() + self.c**2", closed),
-    ("y.square().sum(1, keepdim=True)", "y.square()", wide),
-    ("self.c**2 * y.shape[1]", "self.c**2", wide),
-    ("with frozen(self.teacher, self.fake)", "with frozen(self.teacher)", flows),
-    ("draw.normal(batch.noise), cond)", "0 * draw.normal(batch.noise) + batch.noise, cond)", fake),
+    (TERMS, "y = (fake - real)", "y = (real - fake)", with_terms(closed)),
+    (TERMS, "(slope * (fake - x)", "(slope * (real - x)", with_terms(closed)),
+    (TERMS, "(slope * (fake - x)", "(slope.detach() * (fake - x)", with_terms(closed)),
+    (TERMS, "keepdim=True) + c**2", "keepdim=True).detach() + c**2", with_terms(closed)),
+    (TERMS, "y.square().sum(1, keepdim=True)", "y.square()", with_terms(wide)),
+    (TERMS, "c**2 * y.shape[1]", "c**2", with_terms(wide)),
+    (SOURCE, "real, fake, self.c", "fake, real, self.c", closed),
+    (SOURCE, "with frozen(self.teacher, self.fake)", "with frozen(self.teacher)", flows),
+    (SOURCE, "draw.normal(batch.noise), cond)", "0 * draw.normal(batch.noise) + batch.noise, cond)", fake),
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
-def test_the_check_fails_on_the_mutant(old, new, check):
-    check(broken("onestroke.methods.score.sim", old, old))
+@pytest.mark.parametrize(("module", "old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
+def test_the_check_fails_on_the_mutant(module, old, new, check):
+    check(broken(module, old, old))
     with pytest.raises(AssertionError):
-        check(broken("onestroke.methods.score.sim", old, new))
+        check(broken(module, old, new))

@@ -40,13 +40,14 @@ def locate(name_or_path: str | Path) -> str | Path:
     raise unknown("teacher (no such folder, hub id or built-in teacher)", name, built_in())
 
 
-def load_teacher(name_or_path: str | Path) -> PipelineTeacher:
+def load_teacher(name_or_path: str | Path, size: tuple[int, int] | None = None) -> PipelineTeacher:
     """Load a teacher: a built-in name, a diffusers pipeline folder, or a hub id.
 
-    Only safetensors are read and no remote code is run. Raises InputError, before any weight is loaded, for a folder
-    that is no pipeline, an unsupported pipeline class, a missing component, pickled weights, or a prediction type that
-    is singular on the schedule.
+    size: (height, width) of its pictures in pixels; None: what it draws by itself. Only safetensors are read and no
+    remote code is run. Raises InputError, before any weight is loaded, for a folder that is no pipeline, a pipeline
+    class that draws from more than prompts, a missing component or pickled weights; and for a prediction type that is
+    singular on the schedule, or a size that the pipeline cannot draw.
     """
     from onestroke.teachers.pipeline import PipelineTeacher
 
-    return PipelineTeacher.load(locate(name_or_path), name=str(name_or_path))
+    return PipelineTeacher.load(locate(name_or_path), name=str(name_or_path), size=size)

@@ -1,55 +1,79 @@
-"""Teachers that are diffusers pipelines: the Stable Diffusion UNet family with a CLIP text encoder."""
+"""Teachers that are diffusers text-to-image pipelines, read as they declare themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
+import transformers
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onestroke.denoiser import Denoiser, tapped
 from onestroke.errors import InputError, read_json
-from onestroke.paths import Cond, Prediction, Table
+from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.sampling import FewStep
+from onestroke.teachers.cache import cached, digest_of
+from onestroke.teachers.calls import FLOW_KEYS, Caller, as_long_as, padded
+from onestroke.teachers.dit import DiTDenoiser
+from onestroke.teachers.unet import UNetDenoiser
+
+__all__ = ["PREDICTION", "PipelineTeacher", "UNetDenoiser", "inspect_folder", "no_bars", "table_of"]
 
 PREDICTION: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SUPPORTED = ("StableDiffusionPipeline",)
+NETWORKS = ("unet", "transformer")
+READS = "text-to-image pipelines with a vae, a scheduler and a unet or a transformer, such as StableDiffusionPipeline"
+WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor", "processor")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
-class UNetDenoiser(Denoiser):
-    """A UNet2DConditionModel on a discrete schedule. cond["text"] (B, L, E)."""
-
-    path: Table
-
-    def __init__(self, unet: nn.Module, path: Table, prediction: Prediction):
-        super().__init__(path, prediction)
-        self.unet = unet
-        downs, ups = (
-            [f"{side}_blocks.{i}" for i in range(len(getattr(unet, f"{side}_blocks")))] for side in ("down", "up")
-        )
-        self.taps, self.bottleneck = (*downs, "mid_block", *ups), len(downs)
-
-    def predict(self, x, t, cond):
-        index = (t * (self.path.num_timesteps - 1)).to(torch.float32)
-        dtype = next(self.unet.parameters()).dtype
-        text = cond["text"].to(dtype)
-        with tapped(self.unet, self.taps) as features:
-            out = self.unet(x.to(dtype), index, encoder_hidden_states=text, return_dict=False)[0]
-        return out, tuple(features)
+# ---- what a folder declares ------------------------------------------------------------------------------------------
 
 
 def table_of(scheduler_config: dict[str, Any]) -> Table:
     """The path that a diffusers scheduler's own config declares: betas, rescaling to zero terminal SNR and all."""
     scheduler = DDPMScheduler.from_config(scheduler_config)
     return Table(alphas_cumprod=tuple(scheduler.alphas_cumprod.double().tolist()))
+
+
+def prediction_of(scheduler: str, config: dict[str, Any], source: str | Path) -> Prediction:
+    """What a network under a scheduler of this class and config predicts. Raises InputError where it is unknown."""
+    kind = config.get("prediction_type", "epsilon")
+    if scheduler.startswith("FlowMatch") or kind == "flow_prediction":
+        return "flow"
+    if kind not in PREDICTION:
+        raise InputError(f"{source} predicts {kind!r}; onestroke reads {', '.join(PREDICTION)}, flow_prediction.")
+    made = getattr(diffusers, scheduler, None)
+    if made is None or "beta_start" not in inspect.signature(made.__init__).parameters:
+        raise InputError(f"{source} has a {scheduler}; onestroke reads schedulers with betas and those of flows.")
+    return PREDICTION[kind]
+
+
+def parts_of(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline class is made of, by name."""
+    return inspect.signature(cls.__init__).parameters
+
+
+def class_of(name: Any, source: str | Path) -> Any:
+    """The pipeline class that model_index.json names. Raises InputError for one that onestroke does not read."""
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, DiffusionPipeline):
+        raise InputError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not know.")
+    parts = parts_of(cls)
+    call = inspect.signature(cls.__call__).parameters
+    drawn = {"prompt", "output_type", "num_inference_steps", "guidance_scale"} <= call.keys()
+    more = {"image", "control_image", "num_frames", "mask_image"} & call.keys()
+    if not drawn or more or not {"vae", "scheduler"} <= parts.keys() or len(set(NETWORKS) & parts.keys()) != 1:
+        raise InputError(f"{source} is a {name}; onestroke reads {READS}.")
+    return cls
 
 
 def inspect_folder(folder: Path) -> None:
@@ -59,31 +83,45 @@ def inspect_folder(folder: Path) -> None:
         raise InputError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
     declared = read_json(index)
     name = declared.get("_class_name")
-    if name not in SUPPORTED:
-        raise InputError(f"{folder} is a {name}; onestroke reads {', '.join(SUPPORTED)}.")
-    for part in NEEDED:
-        if not declared.get(part, [None])[0] or not (folder / part).is_dir():
-            raise InputError(f"{folder} lacks the component {part!r}; a {name} needs {', '.join(NEEDED)}.")
-        if part in ("tokenizer", "scheduler"):
+    cls = class_of(name, folder)
+    for part, parameter in parts_of(cls).items():
+        if part == "self" or (part not in declared and parameter.default is not parameter.empty):
             continue
-        weights = sorted((folder / part).glob("*.safetensors"))
-        if not weights:
-            pickles = [
-                p.name for p in (folder / part).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-            ]
-            found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
-            raise InputError(f"{folder / part} holds {found}; save the pipeline with safe_serialization=True.")
-        for file in weights:
-            try:
-                safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file} is not a safetensors file ({error}); pickles are never read: "
-                    "save the pipeline with safe_serialization=True."
-                ) from None
-    kind = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-    if kind not in PREDICTION:
-        raise InputError(f"{folder} predicts {kind!r}; onestroke reads {', '.join(PREDICTION)}.")
+        library = declared.get(part)
+        if not isinstance(library, list):
+            if part in declared:  # a plain value of the config
+                continue
+            library = [None, None]
+        if library[0] is None:  # an encoder beyond the first may be left out: diffusers then feeds zeros
+            if part in cls._optional_components or part[-1].isdigit() or parameter.default is not parameter.empty:
+                continue
+            raise InputError(f"{folder} lacks the component {part!r}, which a {name} needs.")
+        if not (folder / part).is_dir():
+            raise InputError(f"{folder} lacks the component {part!r}: model_index.json names it.")
+        if not part.startswith(WEIGHTLESS):
+            check_weights(folder / part)
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    prediction_of(str(config.get("_class_name")), config, folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a component without safetensors. Raises InputError."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
+        raise InputError(f"{folder} holds {found}; save the pipeline with safe_serialization=True.")
+    for file in weights:
+        try:
+            safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file} is not a safetensors file ({error}); pickles are never read: "
+                "save the pipeline with safe_serialization=True."
+            ) from None
+
+
+# ---- reading it ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -98,62 +136,92 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_loaded(pipeline: Any, source: str | Path) -> None:
-    """Refuse a part whose file lacks some of its weights. Raises InputError.
-
-    diffusers leaves such weights on the meta device; transformers draws them at random and says so in its loading
-    report alone, so the text encoder is read once more for that report.
-    """
-    for part in ("unet", "vae"):
-        lost = [name for name, p in getattr(pipeline, part).named_parameters() if p.is_meta]
-        if lost:
-            raise InputError(f"{source}: {part!r} lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
-    encoder = pipeline.text_encoder
-    _, report = type(encoder).from_pretrained(
-        source, subfolder="text_encoder", output_loading_info=True, use_safetensors=True
+def load_encoder(source: str | Path, part: str, name: str) -> nn.Module:
+    """A transformers model of a pipeline. Raises InputError where its file lacks weights, which would be random."""
+    model, report = getattr(transformers, name).from_pretrained(
+        source, subfolder=part, output_loading_info=True, use_safetensors=True, dtype=torch.float32
     )
     if lost := sorted(report["missing_keys"]):
-        raise InputError(f"{source}: 'text_encoder' lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
+        raise InputError(f"{source}: {part!r} lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
+    return model
+
+
+def load_encoders(source: str | Path, declared: dict[str, Any]) -> dict[str, nn.Module]:
+    """The transformers models that model_index.json declares."""
+    found = {}
+    for part, entry in declared.items():
+        if isinstance(entry, (list, tuple)) and entry[0] == "transformers" and not part.startswith(WEIGHTLESS):
+            found[part] = load_encoder(source, part, entry[1])
+    return found
+
+
+def read_pipeline(source: str | Path) -> Any:
+    """The pipeline in a folder or of a hub id, in float32. Raises InputError."""
+    try:
+        with no_bars():
+            declared = DiffusionPipeline.load_config(source)
+            class_of(declared.get("_class_name"), source)
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, **load_encoders(source, declared)
+            )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:  # e.g. weights of other shapes
+        raise InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+    for part in ("unet", "transformer", "vae"):  # diffusers leaves missing weights on the meta device
+        module = getattr(pipeline, part, None)
+        lost = [name for name, p in module.named_parameters() if p.is_meta] if module is not None else []
+        if lost:
+            raise InputError(f"{source}: {part!r} lacks weights ({len(lost)}, first {lost[0]!r}); save it again.")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 class PipelineTeacher:
     """A diffusers pipeline as a teacher: a denoiser on a path, prompts to conditions, latents to images.
 
     Attributes: name; pipeline; net, the frozen denoiser; null, the unconditional condition; shape (C, H, W) of one
-    latent.
+    latent; size (height, width) of a picture in pixels. `size` is given as None for the pipeline's own. Raises
+    InputError for a pipeline that cannot be read, or not in this size.
     """
 
-    def __init__(self, pipeline: Any, name: str):
-        self.pipeline, self.name = pipeline, name
-        path = table_of(dict(pipeline.scheduler.config))
-        prediction = PREDICTION[pipeline.scheduler.config.prediction_type]
+    def __init__(self, pipeline: Any, name: str, size: Sequence[int] | None = None, source: str | Path | None = None):
+        self.pipeline, self.name, self.source, self.parked = pipeline, name, source, False
+        self.part = next(part for part in NETWORKS if part in pipeline.components)
+        config = dict(pipeline.scheduler.config)
+        prediction = prediction_of(type(pipeline.scheduler).__name__, config, f"teacher {name!r}")
+        self.caller = Caller(pipeline, self.part, prediction == "flow", size)
+        self.call, self.shape, self._null = self.caller.learn()
+        self._widest: dict[str, Tensor] = dict(self._null)
+        scale = int(pipeline.vae_scale_factor)
+        self.size = (self.shape[1] * scale, self.shape[2] * scale)
+        path: Flow | Table = self._flow(config) if prediction == "flow" else table_of(config)
+        network = getattr(pipeline, self.part)
+        kind = UNetDenoiser if self.part == "unet" else DiTDenoiser
         try:
-            self.net = UNetDenoiser(pipeline.unet, path, prediction).requires_grad_(False).eval()
+            net = kind(network, path, prediction, self.call)
         except ValueError as error:
             raise InputError(f"teacher {name!r}: {error}") from None
-        size = pipeline.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (pipeline.unet.config.in_channels, height, width)
-        self.null = self.encode([""])
+        self.net = net.requires_grad_(False).eval()
+
+    def _flow(self, config: dict[str, Any]) -> Flow:
+        """The path of a flow teacher: its scheduler's shift in this size. One that re-noises is a few-step student's:
+        its times are its own, where the pipeline leaves them to it."""
+        shift, self.spaced = self.caller.shift()
+        terminal = config.get("shift_terminal") or 0.0
+        own = self.spaced and (terminal or config.get("stochastic_sampling"))
+        return Flow(shift=shift, terminal=terminal if own else None, num_timesteps=config["num_train_timesteps"])
 
     @classmethod
-    def load(cls, source: str | Path, name: str | None = None) -> PipelineTeacher:
+    def load(cls, source: str | Path, name: str | None = None, size: Sequence[int] | None = None) -> PipelineTeacher:
         """From a folder or a hub id. Raises InputError as `load_teacher`."""
         if isinstance(source, Path):
             inspect_folder(source)
-        try:
-            with no_bars():
-                pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:  # the last two: weights of other shapes
-            raise InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
-        if type(pipeline).__name__ not in SUPPORTED:
-            raise InputError(f"{source} is a {type(pipeline).__name__}; onestroke reads {', '.join(SUPPORTED)}.")
-        check_loaded(pipeline, source)
-        pipeline.set_progress_bar_config(disable=True)
-        if pipeline.device.type == "cpu":
+        pipeline = read_pipeline(source)
+        if pipeline.device.type == "cpu" and hasattr(pipeline, "unet"):
             # The fused kernel's backward takes half of a training step on a CPU, and it has no forward-mode derivative.
             pipeline.unet.set_attn_processor(AttnProcessor())
-        return cls(pipeline, name or str(source))
+        return cls(pipeline, name or str(source), size, source)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -161,7 +229,7 @@ class PipelineTeacher:
         return dict(self.pipeline.components)
 
     @property
-    def path(self) -> Table:
+    def path(self) -> Flow | Table:
         return self.net.path
 
     @property
@@ -169,46 +237,174 @@ class PipelineTeacher:
         return next(self.net.parameters()).device
 
     def to(self, device: torch.device | str) -> PipelineTeacher:
+        self.restore()
         self.pipeline.to(device)
         return self
 
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by name."""
+        return {k: m for k, m in self.components.items() if k.startswith("text_encoder") and isinstance(m, nn.Module)}
+
+    def park(self) -> None:
+        """Let the text encoders leave memory. What needs them brings them back from where the pipeline was read."""
+        if self.source is not None:
+            for module in self.encoders.values():
+                module.to("meta")
+            self.parked = True
+
+    def restore(self) -> None:
+        """Read the text encoders again, if they have left memory."""
+        if self.parked:
+            assert self.source is not None
+            with no_bars():
+                found = {k: load_encoder(self.source, k, type(m).__name__) for k, m in self.encoders.items()}
+            self.pipeline.register_modules(**{k: m.to(self.device) for k, m in found.items()})
+            self.parked = False
+
+    @property
+    def null(self) -> Cond:
+        """The unconditional condition, as long as the longest that was encoded."""
+        return as_long_as(self._null, self._widest)
+
     @torch.no_grad()
-    def encode(self, prompts: list[str], batch_size: int = 256) -> Cond:
-        """Prompts -> {"text": (N, L, E)}, by the pipeline's own encode_prompt, every distinct prompt once."""
+    def encode(self, prompts: list[str], batch_size: int = 64) -> Cond:
+        """Prompts -> (N, ...) each of what the network reads of them, as the pipeline itself calls it; every distinct
+        prompt once."""
+        self.restore()
         distinct = list(dict.fromkeys(prompts))
-        parts = [
-            self.pipeline.encode_prompt(distinct[i : i + batch_size], self.pipeline.device, 1, False)[0]
-            for i in range(0, len(distinct), batch_size)
-        ]
+        parts = [self._encode(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+        found = {k: padded([row for part in parts for row in part[k]]) for k in parts[0]}
+        return self._spread(found, distinct, prompts)
+
+    def conditions(self, prompts: list[str]) -> Cond:
+        """As `encode`, but kept on disk for the next run with the same prompts and encoders; on the CPU."""
+        distinct = list(dict.fromkeys(prompts))
+        parts = {k: m for k, m in self.components.items() if k.startswith(("text_encoder", "tokenizer"))}
+        key = digest_of(
+            parts,
+            pipeline=type(self.pipeline).__name__,
+            diffusers=diffusers.__version__,
+            network=dict(getattr(self.pipeline, self.part).config),
+            call=self.caller.keywords(),
+            size=self.size,
+            prompts=distinct,
+        )
+        return self._spread(cached(key, lambda: dict(self.encode(distinct))), distinct, prompts)
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self.caller.encode(self.call, prompts)
+
+    def _spread(self, found: dict[str, Tensor], distinct: list[str], prompts: list[str]) -> Cond:
+        """The rows of the distinct prompts for all of them, as long as the null condition."""
+        found = as_long_as(found, self._null)
+        self._widest = {k: v[:1] for k, v in as_long_as(self._widest, found).items()}
         rows = {p: i for i, p in enumerate(distinct)}
-        return {"text": torch.cat(parts)[torch.tensor([rows[p] for p in prompts])]}
+        return {k: v[torch.tensor([rows[p] for p in prompts])] for k, v in found.items()}
+
+    # ---- pictures ------------------------------------------------------------------------------------------------
+
+    def _scaling(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(factor, shift) of the autoencoder, per channel of its latents z (B, C, ...): x0 = factor (z - shift)."""
+        config = self.pipeline.vae.config
+
+        def per_channel(name: str, default: float) -> Tensor:
+            value = z.new_tensor(config.get(name) or default)
+            return value.view(1, -1, *[1] * (z.ndim - 2))
+
+        factor = (config.get("scaling_factor") or 1.0) / per_channel("latents_std", 1.0)
+        return factor, per_channel("latents_mean", 0.0) + (config.get("shift_factor") or 0.0)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H', W') in [0, 1] -> latents x0 (B, C, H, W), without the autoencoder's own noise."""
+        if tuple(images.shape[2:]) != tuple(self.size):
+            raise InputError(f"images must have {self.size} pixels, not {tuple(images.shape[2:])}.")
+        vae, video = self.pipeline.vae, self.pipeline.vae.config.get("latents_mean") is not None
+        pixels = images.to(vae.device, vae.dtype) * 2 - 1
+        out = vae.encode(pixels[:, :, None] if video else pixels)
+        z = out.latent_dist.mode() if hasattr(out, "latent_dist") else next(iter(out.values()))
+        factor, shift = self._scaling(z)
+        x0 = ((z - shift) * factor).float()
+        return x0[:, :, 0] if x0.ndim == 5 else x0
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
-        vae = self.pipeline.vae
-        latents = x0.to(vae.dtype) / vae.config.scaling_factor
-        return vae.decode(latents, return_dict=False)[0].float().div(2).add(0.5).clamp(0, 1)
+        return self.picture(x0)
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """`decode` with gradient."""
+        z = x0.to(self.pipeline.vae.dtype)
+        if self.call.order is not None:
+            z = self.pipeline._unpack_latents(self.call.pack(z), *self.size, self.pipeline.vae_scale_factor)
+        factor, shift = self._scaling(z)
+        images = self.pipeline.vae.decode(z / factor + shift, return_dict=False)[0]
+        images = images[:, :, 0] if images.ndim == 5 else images  # of a video decoder the one frame
+        return images.to(torch.promote_types(images.dtype, torch.float32)).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
     def draw(self, noise: Tensor, prompts: list[str], steps: int, guidance_scale: float) -> Tensor:
         """The pipeline's own sampler from `noise` (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
+        self.restore()
+        latents = noise if self.call.order is None else self.call.pack(noise)
         out = self.pipeline(
-            prompts, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise, output_type="pt"
+            list(prompts),
+            num_inference_steps=steps,
+            latents=latents,
+            output_type="pt",
+            **self.caller.keywords(guidance_scale, len(prompts)),
         )
         return out.images.float()
 
+    # ---- students ------------------------------------------------------------------------------------------------
+
+    def plain_call(self, steps: int) -> dict[str, Any]:
+        """The keyword arguments with which the plain pipeline draws what a student of this teacher draws."""
+        return {"num_inference_steps": steps, **self.caller.keywords()}
+
     def student_pipeline(self, net: nn.Module, few: FewStep) -> Any:
         """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
-        steps, count = len(few.times), self.path.num_timesteps
-        if few.start != "unit" or few.times != self.path.grid(steps):
-            raise InputError(f"times {few.times} from {few.start!r} noise have no standard scheduler.")
-        scheduler = LCMScheduler.from_config(
-            self.pipeline.scheduler.config,
-            original_inference_steps=8 if 8 % steps == 0 and count % 8 == 0 else steps,
-            clip_sample=False,
-            thresholding=False,
-        )
-        return type(self.pipeline)(
-            **{**self.components, "unet": net.unet, "scheduler": scheduler}, requires_safety_checker=False
-        )
+        self.restore()
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(**{self.part: getattr(net, self.part), "scheduler": self.student_scheduler(few)})
+        return pipeline
+
+    def student_scheduler(self, few: FewStep) -> Any:
+        """The scheduler that calls a network as `few` does. Raises InputError where there is none."""
+        steps, path, config = len(few.times), self.path, self.pipeline.scheduler.config
+        if few.start != "unit" or few.times != path.grid(steps) or (steps > 1 and few.renoise == "fixed"):
+            raise InputError(
+                f"times {few.times} from {few.start!r} noise, then {few.renoise!r}, have no standard scheduler."
+            )
+        if isinstance(path, Table):
+            plain = {"clip_sample": False, "thresholding": False}
+            if few.renoise == "implied":
+                return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, **plain)
+            origin = 8 if 8 % steps == 0 and path.num_timesteps % 8 == 0 else steps
+            return LCMScheduler.from_config(config, original_inference_steps=origin, **plain)
+        kept = {k: v for k, v in config.items() if k in FLOW_KEYS} | {"stochastic_sampling": few.renoise == "fresh"}
+        if not self.spaced:
+            return FlowMatchEulerDiscreteScheduler(**{"shift": path.shift, **kept})
+        kept |= {"use_dynamic_shifting": False, "stochastic_sampling": steps == 1 or few.renoise == "fresh"}
+        own = path if steps == 1 or path.terminal is not None else stretched(path, steps)
+        return FlowMatchEulerDiscreteScheduler(**{**kept, "shift": own.shift, "shift_terminal": own.terminal or None})
+
+
+def stretched(path: Flow, steps: int) -> Flow:
+    """The flow whose scheduler, spacing `steps` times by itself from 1 to its smallest, takes those of `path`'s grid.
+
+    Shifts are Moebius maps that keep 0 and 1, and so is the map between the two spacings up to stretching: one shift
+    makes them equal.
+    """
+    wanted, shift, low = path.grid(steps), path.shift, 1 / path.num_timesteps
+    for _ in range(50):
+        low = Flow(shift=shift).shifted(1 / path.num_timesteps)
+        slope = (steps - 1) / (steps * (1 - low))
+        shift = 1 + (path.shift - 1) * slope / (1 + (path.shift - 1) * (1 / steps - low * slope))
+    found = Flow(shift=shift, terminal=wanted[-1], num_timesteps=path.num_timesteps)
+    if max(abs(a - b) for a, b in zip(found.grid(steps), wanted, strict=True)) > 1e-6:
+        raise InputError(f"the times {wanted} have no standard scheduler.")
+    return found

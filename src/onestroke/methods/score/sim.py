@@ -51,10 +51,8 @@ class SIM(Method):
         xt = self.path.mix(x, draw.normal(x), t)
         with frozen(self.teacher, self.fake):
             real, fake = self.guide(self.teacher)(xt, t, cond).x0, self.fake(xt, t, cond).x0
-            y = (fake - real).flatten(1)
-            slope = y / (y.square().sum(1, keepdim=True) + self.c**2 * y.shape[1]).sqrt()
-            loss = -(slope * (fake - x).flatten(1)).sum(1)
-            yield Turn("student", {"sim": (terms.time_weight(self.weight, self.path, t).to(loss) * loss).mean()})
+            weight = terms.time_weight(self.weight, self.path, t)
+            yield Turn("student", {"sim": terms.sim(x, real, fake, self.c, weight)})
 
         with torch.no_grad():
             x = self.few.sample(self.student, draw.normal(batch.noise), cond)

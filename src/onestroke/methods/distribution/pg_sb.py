@@ -1,0 +1,65 @@
+"""PG-SB: SwiftBrush under guidance of a random scale (SNOOPI), from prompts alone."""
+
+from __future__ import annotations
+
+import torch
+
+from onestroke import terms, times
+from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.paths import like
+
+
+class PGSB(Method):
+    """Nguyen et al., "SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance": its training part.
+
+    SwiftBrush whose guidance scale, the same for teacher and fake, is drawn anew in every round, uniform between
+    min_scale and max_scale. The direction is linear in the scale: its mean is SwiftBrush's at the mean scale, and the
+    law at which it vanishes for every scale is the teacher's. The run's guidance_scale is not read.
+
+    min_scale, max_scale: published 0.5 and 4 for Stable Diffusion 1.5 and 2.1, 0.5 and 3 for PixArt-alpha. lo, hi,
+    null_rate, alpha_power: as in SwiftBrush. Ours: without SwiftBrush v2's CLIP reward.
+    Published settings: AdamW 1e-6 for the student and 1e-3 for the LoRA of rank 64.
+    """
+
+    players = ("student", "fake")
+    paper = "SNOOPI, arXiv 2412.02687"
+    passes = {"student": 1, "teacher": 2, "fake": 3}
+    defaults = {
+        "lr": {"student": 1e-6, "fake": 1e-3},
+        "lora_rank": {"fake": 64},
+        "lora_alpha": {"fake": 128},
+        "clip": 1.0,
+    }
+
+    def __init__(
+        self,
+        parts: Parts,
+        min_scale: float = 0.5,
+        max_scale: float = 4.0,
+        lo: float = 0.02,
+        hi: float = 0.98,
+        null_rate: float = 0.1,
+        alpha_power: float = 2.0,
+    ):
+        super().__init__(parts)
+        self.student, self.fake, self.teacher = parts.student, parts.copy("fake"), parts.teacher
+        self.few, self.path, self.guide, self.null = parts.few, parts.path, parts.guide, parts.null
+        self.min_scale, self.max_scale = min_scale, max_scale
+        self.lo, self.hi, self.null_rate, self.alpha_power = lo, hi, null_rate, alpha_power
+
+    def step(self, batch: Batch, step: int):
+        cond, draw = batch.cond, batch.draw
+        x = self.few.sample(self.student, batch.noise, cond)
+        t = times.uniform(draw, self.path, self.lo, self.hi)
+        xt = self.path.mix(x, draw.normal(x), t)
+        scale = self.min_scale + (self.max_scale - self.min_scale) * draw.shared()
+        with torch.no_grad():
+            real, fake = (self.guide(net, scale)(xt, t, cond) for net in (self.teacher, self.fake))
+        sigma = like(self.path.unit_ab(t)[1], x)
+        yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
+
+        if draw.shared() < self.null_rate:
+            cond = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+        t = times.uniform(draw, self.path)
+        weight = self.path.unit_ab(t)[0] ** self.alpha_power
+        yield Turn("fake", {"dsm": terms.dsm(self.fake, self.path, x.detach(), cond, t, draw, weight=weight)})

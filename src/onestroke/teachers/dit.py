@@ -1,0 +1,63 @@
+"""Networks that are diffusers transformers: SD3, SANA, PixArt, FLUX, Lumina 2, Z-Image, Qwen-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from onestroke.denoiser import Denoiser, tapped
+from onestroke.paths import Flow, Prediction, Table
+from onestroke.teachers.calls import Call, clock
+
+TAPS = 4
+
+
+class DiTDenoiser(Denoiser):
+    """A transformer over the tokens of the latent, on a flow or a discrete schedule, called as `call` says.
+
+    Features are those after each quarter of its blocks, channels first: (B, C, L), of the image's tokens where the
+    block keeps them apart from those of the text.
+    """
+
+    path: Flow | Table
+
+    def __init__(self, transformer: nn.Module, path: Flow | Table, prediction: Prediction, call: Call):
+        super().__init__(path, prediction)
+        self.transformer, self.call = transformer, call
+        blocks = block_names(transformer)
+        ends = sorted({max(len(blocks) * (i + 1) // TAPS - 1, 0) for i in range(TAPS)})
+        self.taps, self.bottleneck = tuple(blocks[i] for i in ends), (len(ends) - 1) // 2
+
+    def predict(self, x, t, cond):
+        dtype = next(self.transformer.parameters()).dtype
+        with plain_attention(x), tapped(self.transformer, self.taps, tokens) as features:
+            out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
+        return self.call.unpack(out, x.shape[1:]), tuple(features)
+
+
+def block_names(net: nn.Module) -> list[str]:
+    """The names of a transformer's blocks, in the order of the forward pass; refiners of the text are none."""
+    stacks = {
+        k: m for k, m in net.named_children() if isinstance(m, nn.ModuleList) and k.endswith(("blocks", "layers"))
+    }
+    return [f"{name}.{i}" for name, stack in stacks.items() for i in range(len(stack))]
+
+
+def tokens(outputs: Sequence[Tensor]) -> Tensor:
+    """The image's tokens (B, L, C) in the output of a block as (B, C, L); a joint block returns (text, image)."""
+    return outputs[-1].transpose(1, 2)
+
+
+@contextmanager
+def plain_attention(x: Tensor) -> Iterator[None]:
+    """Attention by matrix products on a CPU, whose fused kernel is slow backward, and under forward-mode derivatives,
+    which no fused kernel has."""
+    if x.device.type == "cpu" or unpack_dual(x).tangent is not None:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
