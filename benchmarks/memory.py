@@ -17,9 +17,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from diffusers import UNet2DConditionModel
+
+from onestroke import terms, times
+from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.methods import get_method
+from onestroke.plan import FakeTensorMode, play_plan
 from onestroke.run import plan_run
+from onestroke.settings import Settings
+from onestroke.teachers.calls import Call
+from onestroke.teachers.pipeline import table_of
+from onestroke.teachers.unet import UNetDenoiser
 
 CASES: list[dict[str, Any]] = [
     {"batch_size": 96},
@@ -37,7 +49,6 @@ def status(key: str) -> int:
 
 def rounds(teacher: str, method: str, settings: dict[str, Any]) -> None:
     """Two real rounds."""
-    from onestroke.methods import get_method
     from onestroke.run import made
     from onestroke.teachers import load_teacher
     from onestroke.train import Data, Trainer
@@ -72,14 +83,73 @@ def measured(teacher: str, method: str, settings: dict[str, Any]) -> int:
     return int(said.stdout.split()[-1])
 
 
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The UNet of SDXL (arXiv 2307.01952, table 1), in the words of diffusers."""
+
+
+def sdxl_teacher() -> Any:
+    """That network without storage, called as its pipeline calls it, at 1024 pixels."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNet2DConditionModel(**SDXL)
+    rows = {"encoder_hidden_states": "text"} | {f"added_cond_kwargs.{k}": k for k in ("text_embeds", "time_ids")}
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    net = UNetDenoiser(unet, table_of(betas), "eps", Call(rows=rows)).requires_grad_(False)
+    null = {"text": torch.zeros(1, 77, 2048), "text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+    return SimpleNamespace(net=net, path=net.path, null=null, shape=(4, 128, 128))
+
+
+class FineTuning(Method):
+    """Plain fine-tuning of the teacher on its own data, for comparison."""
+
+    players, paper, passes = ("student",), "none", {"student": 1}
+
+    def __init__(self, parts: Parts):
+        super().__init__(parts)
+        self.student, self.path = parts.student, parts.path
+
+    def step(self, batch: Batch, step: int):
+        t = times.uniform(batch.draw, self.path)
+        yield Turn("student", {"dsm": terms.dsm(self.student, self.path, batch.noise, batch.cond, t, batch.draw)})
+
+
+def compare(rank: int, batch_size: int, **settings: Any) -> None:
+    """SwiftBrush with LoRA roles over plain LoRA fine-tuning, on the SDXL shape."""
+    run = Settings(batch_size=batch_size, lora_rank={"*": rank}, log_with="none", guidance_scale=4.5, **settings)
+    peaks = [play_plan(sdxl_teacher, m, run, {}).peak for m in (FineTuning, get_method("swiftbrush"))]
+    words = ", ".join(f"{k}={v}" for k, v in settings.items()) or "float32"
+    print(
+        f"| rank {rank}, batch {batch_size}, {words} | {peaks[0] / 2**30:.2f} | {peaks[1] / 2**30:.2f} "
+        f"| {peaks[1] / peaks[0]:.3f} |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--teacher", default="emoji64")
     parser.add_argument("--method", default="swiftbrush")
+    parser.add_argument("--sdxl", action="store_true")
     args = parser.parse_args()
     if args.measure:
         print(measure(*json.loads(args.measure)))
+        return
+    if args.sdxl:
+        print("| run | fine-tuning GiB | SwiftBrush GiB | ratio |\n|---|---|---|---|")
+        for settings in ({}, {"precision": "bf16"}, {"precision": "bf16", "gradient_checkpointing": True}):
+            compare(64, 1, **settings)
         return
     from onestroke.plan import plan
 

@@ -69,6 +69,45 @@ def distill(
 
 
 @app.command()
+def plan(
+    teacher: Annotated[str, typer.Argument(help="Built-in name or pipeline folder.")],
+    method: Annotated[str, typer.Option(help="See `onestroke methods`.")],
+    batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels per side; default: the teacher's own.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GiB.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for distill. Repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """Predict the memory of a run before anything is loaded; with --memory, say what makes it fit."""
+    from onestroke.plan import parse_bytes, switches
+    from onestroke.plan import plan as run
+    from onestroke.settings import parse
+
+    given = parse(set_ or [])
+    given |= {} if batch_size is None else {"batch_size": batch_size}
+    given |= {} if resolution is None else {"height": resolution, "width": resolution}
+    limit = None if memory is None else parse_bytes(memory)
+    found = run(teacher, method, **given)
+    fits = None if limit is None else found.peak <= limit
+    remedy = switches(teacher, method, limit, **given) if limit is not None and not fits else None
+    if as_json:
+        extra = {"fits": fits, "switches": remedy and remedy[0], "peak_with_switches": remedy and remedy[1].peak}
+        print(json.dumps(found.as_dict() | extra, indent=2))
+        return
+    table = Table("", "GiB")
+    for name, size in found.rows():
+        table.add_row(name, f"{size / 2**30:.3f}")
+    console.print(table)
+    if limit is not None:
+        how = "fits" if fits else "does not fit"
+        print(f"{how} into {memory}: {found.peak / 2**30:.3f} of {limit / 2**30:.3f} GiB")
+        if remedy:
+            print(f"with {', '.join(remedy[0])} it fits: {remedy[1].peak / 2**30:.3f} GiB")
+        elif not fits:
+            print("no set of switches makes it fit; take a smaller resolution or a smaller teacher")
+
+
+@app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A student's folder, or a teacher.")],
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +28,7 @@ from onestroke.methods import get_method
 from onestroke.run import made, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
-from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars, prepare
 from onestroke.train import Data, Trainer, live
 
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -94,6 +93,15 @@ class Plan:
         """Gradients, activations and everything else that comes and goes."""
         return self.peak - self.frozen - sum(self.roles.values())
 
+    def rows(self) -> list[tuple[str, int]]:
+        """What `onestroke plan` prints, in bytes."""
+        own = [(f"{role}: trained weights, optimiser, average", size) for role, size in self.roles.items()]
+        shared = [("frozen weights, shared", self.frozen), *own]
+        return [*shared, ("gradients, activations, passing values", self.working), ("peak", self.peak)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"peak": self.peak, "frozen": self.frozen, "roles": self.roles, "working": self.working}
+
 
 def played(trainer: Trainer, batches: int, size: int, memory: Memory, rounds: int = 2) -> Plan:
     """The plan of a trainer built inside `watched`, from its first rounds."""
@@ -119,48 +127,50 @@ def holds(trainer: Trainer, player: str) -> int:
     return nbytes(own)
 
 
-def hollow_teacher(folder: Path, resolution: int | None = None) -> PipelineTeacher:
-    """The teacher of a pipeline folder with weights of the right shapes and no storage; reads its small files alone.
+def shallow(config: Any) -> Any:
+    """An encoder's config with two layers: its conditions have the same shapes, and are quickly made."""
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
+        for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "depth"):
+            if isinstance(getattr(part, key, None), int):
+                setattr(part, key, min(2, getattr(part, key)))
+    return config
 
-    Raises InputError for a folder that cannot be read, and for a resolution that the VAE does not divide.
+
+def hollow_teacher(folder: Path, size: tuple[int, int] | None = None) -> PipelineTeacher:
+    """The teacher of a pipeline folder, its networks of the right shapes without storage; reads its small files alone.
+
+    The text encoders, which leave memory before training, are stood in for by shallow ones of random weights. Raises
+    InputError for a folder that cannot be read, or not in this size (height, width) in pixels.
     """
     inspect_folder(folder)
     index = read_json(folder / "model_index.json")
     parts: dict[str, Any] = {}
     with no_bars():
-        for name, entry in index.items():
-            if not isinstance(entry, list):
-                continue
-            if entry[0] is None or name in ("safety_checker", "image_encoder", "feature_extractor"):
+        for name, (library, kind) in ((k, v) for k, v in index.items() if isinstance(v, list)):
+            cls = getattr(importlib.import_module(library), kind) if library else None
+            if cls is None or name in ("safety_checker", "image_encoder", "feature_extractor"):
                 parts[name] = None
-                continue
-            cls = getattr(importlib.import_module(entry[0]), entry[1])
-            if not issubclass(cls, nn.Module):
+            elif not issubclass(cls, nn.Module):
                 parts[name] = cls.from_pretrained(folder, subfolder=name)
+            elif library == "transformers":
+                config = cls.config_class.from_pretrained(folder / name)
+                parts[name] = cls(shallow(config))
             else:
                 with FakeTensorMode(allow_non_fake_inputs=True):
-                    config = folder / name
-                    parts[name] = (
-                        cls.from_config(cls.load_config(config))
-                        if hasattr(cls, "load_config")
-                        else cls(cls.config_class.from_pretrained(config))
-                    )
-        pipeline = getattr(diffusers, index["_class_name"])(**parts)
-    pipeline.unet.set_attn_processor(AttnProcessor())
-    teacher = PipelineTeacher(pipeline, str(folder))
-    if resolution is not None:
-        factor = pipeline.vae_scale_factor
-        if resolution % factor:
-            raise InputError(f"resolution {resolution} is not a multiple of {factor}, the reduction of this VAE.")
-        teacher.shape = (teacher.shape[0], resolution // factor, resolution // factor)
+                    parts[name] = cls.from_config(cls.load_config(folder / name))
+        options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
+        pipeline = getattr(diffusers, index["_class_name"])(**parts, **options)
+    prepare(pipeline)
+    teacher = PipelineTeacher(pipeline, str(folder), size)
+    pipeline.register_modules(**dict.fromkeys(teacher.encoders))
     return teacher
 
 
 def plan(teacher: str | Path, method: str, *, resolution: int | None = None, prompts: int = 1, **settings: Any) -> Plan:
     """The memory that `distill(teacher, method=method, **settings)` will need.
 
-    teacher: a built-in name or a pipeline folder. resolution: pixels, the teacher's own where absent. prompts: their
-    number, whose conditions stay in memory. Raises InputError as `distill` does.
+    teacher: a built-in name or a pipeline folder. prompts: their number, whose conditions stay in memory. Raises
+    InputError as `distill` does.
     """
     source = locate(teacher)
     if not isinstance(source, Path):
@@ -168,7 +178,7 @@ def plan(teacher: str | Path, method: str, *, resolution: int | None = None, pro
     cls = get_method(method)
     _, run, chosen = plan_run(str(teacher), method, ["prompt"] * prompts, settings)
     run = replace(run, log_with="none")
-    return play_plan(lambda: hollow_teacher(source, resolution), cls, run, chosen, prompts)
+    return play_plan(lambda: hollow_teacher(source, run.size), cls, run, chosen, prompts)
 
 
 def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, options: dict[str, Any], prompts: int = 1):
@@ -182,6 +192,36 @@ def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, opti
         trainer = Trainer(hollow(playing), Data(teacher.shape, cond), run)
         trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()})
         return played(trainer, run.accumulate, size, memory)
+
+
+SWITCHES: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    "precision=bf16": lambda run: {} if run.precision == "bf16" else {"precision": "bf16"},
+    "gradient_checkpointing=true": lambda run: {} if run.gradient_checkpointing else {"gradient_checkpointing": True},
+    "half the batch, twice accumulated": lambda run: (
+        {} if run.batch_size % 2 else {"batch_size": run.batch_size // 2, "accumulate": 2 * run.accumulate}
+    ),
+    "lora_rank=64": lambda run: {} if run.lora_rank.get("*") else {"lora_rank": {"*": 64}},
+}
+"""What makes a run smaller, from the cheapest to what changes most: the first costs no time, the second a third more,
+the third keeps the gradient but fills the machine less, the last trains adapters alone."""
+
+
+def switches(teacher: str | Path, method: str, memory: int, **settings: Any) -> tuple[list[str], Plan] | None:
+    """The cheapest of SWITCHES with which the run fits into `memory` bytes, and its plan; None where none suffices.
+
+    Cheaper means: without the dearest switch of the other set. Each set is played, not estimated.
+    """
+    _, run, _ = plan_run(str(teacher), method, ["prompt"], settings)
+    changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
+    for count in range(2 ** len(changes)):  # binary digits: the dearest switch is the highest one
+        chosen = [name for k, name in enumerate(changes) if count >> k & 1]
+        given = dict(settings)
+        for name in chosen:
+            given |= changes[name]
+        found = plan(teacher, method, **given)
+        if found.peak <= memory:
+            return chosen, found
+    return None
 
 
 def parse_bytes(text: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -110,6 +111,8 @@ class Trainer:
     def __init__(self, method: Method, data: Data, settings: Settings, folder: Path | None = None):
         self.method, self.data, self.settings, self.folder = method, data, settings, folder
         tracker = None if folder is None or settings.log_with == "none" else settings.log_with
+        if (shared := AcceleratorState._shared_state) and shared.get("_mixed_precision") != settings.precision:
+            AcceleratorState._reset_state()  # it keeps the precision of the first run of a process
         try:
             self.accelerator = Accelerator(
                 mixed_precision=settings.precision,

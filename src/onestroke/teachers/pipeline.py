@@ -177,6 +177,13 @@ def read_pipeline(source: str | Path) -> Any:
     return pipeline
 
 
+def prepare(pipeline: Any) -> None:
+    """Plain attention for a UNet on a CPU: the fused kernel's backward takes half of a training step there, and it has
+    no forward-mode derivative."""
+    if pipeline.device.type == "cpu" and hasattr(pipeline, "unet"):
+        pipeline.unet.set_attn_processor(AttnProcessor())
+
+
 class PipelineTeacher:
     """A diffusers pipeline as a teacher: a denoiser on a path, prompts to conditions, latents to images.
 
@@ -218,9 +225,7 @@ class PipelineTeacher:
         if isinstance(source, Path):
             inspect_folder(source)
         pipeline = read_pipeline(source)
-        if pipeline.device.type == "cpu" and hasattr(pipeline, "unet"):
-            # The fused kernel's backward takes half of a training step on a CPU, and it has no forward-mode derivative.
-            pipeline.unet.set_attn_processor(AttnProcessor())
+        prepare(pipeline)
         return cls(pipeline, name or str(source), size, source)
 
     @property
