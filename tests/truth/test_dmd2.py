@@ -186,7 +186,7 @@ def test_without_a_gan_prompts_are_enough():
 
 
 def test_two_steps_are_nearer_to_the_truth_than_one():
-    gan_checks.steps_help("dmd2", ttur=2)
+    gan_checks.steps_help("dmd2")
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------
