@@ -102,6 +102,21 @@ def export(
 
 
 @app.command()
+def merge(
+    students: Annotated[list[Path], typer.Argument(help="Two or more students' folders.")],
+    out: Annotated[Path, typer.Option(help="Empty folder for the student.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each student, in their order; default: equal. Repeatable.")
+    ] = None,
+):
+    """Write the weighted mean of the weights of students of one teacher as a student."""
+    from onestroke.merging import merge as run
+
+    run(students, weight, out=out)
+    print(f"student: {out}")
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     check: Annotated[str | None, typer.Option(help="A method: distil an exact teacher by it and measure.")] = None,
