@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
@@ -103,6 +104,18 @@ class OnPath(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         s = self.src.time_of(self.path.log_snr(t))
         return self.net(x * like(self.src.ab(s)[0] / self.path.ab(t)[0], x), s, cond)
+
+
+def numbers(net: nn.Module) -> Tensor:
+    """A copy of the trained numbers of a network in one vector, whole where they are sharded."""
+    live = (p.detach() for p in net.parameters() if p.requires_grad)
+    return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).flatten() for p in live])
+
+
+def clone_live(net: nn.Module) -> nn.Module:
+    """A copy with trained parameters of its own over the *same* frozen parameters and buffers."""
+    still = (*(p for p in net.parameters() if not p.requires_grad), *net.buffers())
+    return copy.deepcopy(net, {id(t): t for t in still})
 
 
 def clone_sharing(net: nn.Module) -> nn.Module:

@@ -118,6 +118,8 @@ class Method(nn.Module, ABC):
     frozen(m):`, the yield inside. (4) Control flow depends on `step` and `batch.draw.shared()` only; random numbers
     come from `batch.draw` only. (5) After a yield the weights have moved. (6) Hyper-parameters are keyword arguments
     with the paper's default. (7) `players`, `needs` and `passes` are true.
+
+    What a method remembers from round to round is a buffer of its own: checkpoints keep it.
     """
 
     players: ClassVar[tuple[str, ...]]

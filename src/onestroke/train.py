@@ -232,13 +232,20 @@ class Trainer:
         state = self.optimisers[player].state
         return {f"{k}.{kind}": v for k, p in live(self.bare(player)).items() for kind, v in state[p].items()}
 
+    def memory(self) -> dict[str, Tensor]:
+        """What the method itself remembers: its own buffers."""
+        return dict(self.method.named_buffers(recurse=False))
+
     def save(self) -> None:
-        """Write checkpoints/<round>: per player its weights and optimiser, the student's average, and the round."""
+        """Write checkpoints/<round>: per player its weights and optimiser, the method's own buffers, the student's
+        average, and the round."""
         assert self.folder is not None, "saving needs a folder"
         tensors = {}
         for player in self.method.players:
             tensors[player] = gathered(learned(self.bare(player)))
             tensors[f"{player}.optim"] = gathered(self.moments(player))
+        if own := self.memory():
+            tensors["method"] = gathered(own)
         if self.average:
             self.average.swap()
             tensors["average"] = gathered(learned(self.bare(self.method.players[0])))
@@ -273,6 +280,8 @@ class Trainer:
                 self.average.count = about["average"]
             assign(weights, read_tensors(folder / f"{player}.safetensors", weights))
             assign(moments, read_tensors(folder / f"{player}.optim.safetensors", moments))
+        if own := self.memory():
+            assign(own, read_tensors(folder / "method.safetensors", own))
         self.round, self.seen = about["round"], about["seconds"]
 
     def finish(self) -> nn.Module:

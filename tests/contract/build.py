@@ -11,7 +11,7 @@ from torch import nn
 
 from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts
-from onestroke.methods import get_method
+from onestroke.methods import get_method, options
 from onestroke.paths import Cond
 from onestroke.roles import make_role
 from onestroke.sampling import FewStep
@@ -48,13 +48,18 @@ def mixture(path, prediction: str = "x0") -> GaussianMixture:
     return GaussianMixture(path, means, 0.3, labels=range(LABELS), prediction=prediction)
 
 
+def at_once(name: str) -> dict[str, Any]:
+    """The options with which every player plays from the first round."""
+    return {"prelude": 0} if "prelude" in options(get_method(name)) else {}
+
+
 def build(
     name: str,
     path: str = "vp",
     prediction: str = "v",
     guidance: float = 2.0,
     settings: Settings | None = None,
-    **options: Any,
+    **chosen: Any,
 ) -> Method:
     """The method on small nets of one path and prediction; every role starts elsewhere, or is LoRA where asked."""
     on = make_path(path, prediction)
@@ -70,7 +75,7 @@ def build(
     few = FewStep(on, on.grid(run.student_steps), renoise=run.renoise)
     null = {"label": torch.tensor([-1])}
     parts = Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,), reward)
-    return get_method(name)(parts, **options)
+    return get_method(name)(parts, **{**at_once(name), **chosen})
 
 
 def reward(x0: torch.Tensor, cond: Cond) -> torch.Tensor:

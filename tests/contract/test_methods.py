@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from contract.build import PATHS, batch, build, data, mixture, settings_of, small_net, snapshot, state, trained
+from contract.build import PATHS, at_once, batch, build, data, mixture, settings_of, small_net, snapshot, state, trained
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import NEEDS, Method, Parts, frozen, play
@@ -70,7 +70,7 @@ def test_the_exact_teacher_will_do(name, path, prediction):
         teacher.shape,
         inside(teacher),
     )
-    method = get_method(name)(parts)
+    method = get_method(name)(parts, **at_once(name))
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss (SiD: 100 x a sum) to infinity
     optimisers = {p: torch.optim.Adam(getattr(method, p).parameters(), 1e-3) for p in method.players}
 
