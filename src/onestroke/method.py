@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onestroke.denoiser import Denoiser, Guided
 from onestroke.draws import Draws
-from onestroke.heads import Critic, Head, Heads, feature_channels
+from onestroke.heads import Critic, Head, Heads, Pool, feature_channels
 from onestroke.paths import Cond, Path
 from onestroke.sampling import FewStep
 
@@ -44,10 +44,15 @@ class Reward(Protocol):
 
 
 class Turn(NamedTuple):
-    """One optimiser step of one player, on the sum of the named scalar terms."""
+    """One optimiser step of one player, on the sum of the named scalar terms.
+
+    fresh: parameters of the player, by name, that begin anew after that step: the values given, and nothing of them in
+    the optimiser's memory. The same in every micro-batch and process.
+    """
 
     player: str
     terms: dict[str, Tensor]
+    fresh: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class Parts:
     def heads(self) -> Heads:
         """Fresh discriminator heads for every tapped layer of the network."""
         return Heads(self._channels()).to(self._kind)
+
+    def pool(self, count: int) -> Pool:
+        """`count` fresh discriminator heads for every tapped layer of the network, of which a call uses one each."""
+        return Pool(self._channels(), count).to(self._kind)
 
     def critic(self, role: str) -> Critic:
         """`copy(role)` with a discriminator head on its bottleneck, one player."""
@@ -200,10 +209,12 @@ def play(
     update: Callable[[str], None],
     backward: Callable[[Tensor], None] = Tensor.backward,
     advance: Callable[[Iterator[Turn]], Turn | None] = lambda game: next(game, None),
+    renew: Callable[[str, Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
 
-    Calls `update(player)` once per turn, after the backward of all micro-batches. Returns the mean of every term as
+    Calls `update(player)` once per turn, after the backward of all micro-batches, and `renew(player, fresh)` after it
+    where the turn asks for it; without `renew` the values alone are set. Returns the mean of every term as
     "player/term", detached.
     """
     games = [method.step(batch, step) for batch in batches]
@@ -221,5 +232,10 @@ def play(
             return log
         (player,) = {turn.player for turn in turns}
         update(player)
+        if fresh := turns[0].fresh:
+            if renew is None:
+                getattr(method, player).load_state_dict(fresh, strict=False)
+            else:
+                renew(player, fresh)
         for name in turns[0].terms:
             log[f"{player}/{name}"] = torch.stack([turn.terms[name].detach() for turn in turns]).mean()

@@ -42,6 +42,15 @@ class FewStep:
         """The unit time (B,) of call number k, float64."""
         return torch.full((len(noise),), self.times[k], dtype=torch.float64, device=noise.device)
 
+    def noised(self, x0: Tensor, noise: Tensor, call: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs x_t (B, *D) and times (B,) of the calls numbered `call` (B,), from clean samples x0 (B, *D).
+
+        The first call sees noise alone, as in sampling; the others see x0 noised to their times.
+        """
+        t = torch.tensor(self.times, dtype=torch.float64, device=noise.device)[call]
+        first = (call == 0).reshape(-1, *[1] * (x0.ndim - 1))
+        return torch.where(first, self.input(noise), self.path.mix(x0, noise, t)), t
+
     def inputs(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
         """The inputs x_t (B, *D) of calls 0 .. upto (default: the last), each from the x0 of the one before.
 

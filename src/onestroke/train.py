@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -128,6 +128,8 @@ class Trainer:
                 for child in module.modules():
                     if hasattr(child, "enable_gradient_checkpointing"):
                         child.enable_gradient_checkpointing()
+            sparse = getattr(module, "sparse", False)  # a call uses some of its parameters
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=sparse)
             wrapped = sharded(module) if settings.shard else self.accelerator.prepare_model(module)
             setattr(method, player, wrapped)
             params = [p for p in wrapped.parameters() if p.requires_grad]
@@ -173,15 +175,22 @@ class Trainer:
         if self.average and player == self.method.players[0]:
             self.average.update()
 
+    def renew(self, player: str, fresh: Mapping[str, Tensor]) -> None:
+        """Begin parameters of a player anew: these values, and nothing of them in the optimiser's memory."""
+        module = live(self.bare(player))
+        assign({name: module[name] for name in fresh}, dict(fresh))
+        for key, value in self.moments(player).items():
+            if key.rpartition(".")[0] in fresh:
+                value.zero_()
+
     def advance(self, game: Iterator) -> Any:
         with self.accelerator.autocast():
             return next(game, None)
 
     def one_round(self, progress: float) -> dict[str, float]:
         self.factor = self.rate(progress)
-        log = play(
-            self.method, self.batches(self.round), self.round, self.update, self.accelerator.backward, self.advance
-        )
+        kernel = (self.update, self.accelerator.backward, self.advance, self.renew)
+        log = play(self.method, self.batches(self.round), self.round, *kernel)
         values = {k: float(v) for k, v in log.items()}
         for name, value in values.items():
             if not math.isfinite(value):

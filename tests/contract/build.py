@@ -43,6 +43,17 @@ def small_net(path, prediction: str, role: str) -> Net:
     return net.double()
 
 
+class Layered(nn.Module):
+    """The estimate of one denoiser with the tapped layers of another."""
+
+    def __init__(self, net: nn.Module, layers: nn.Module):
+        super().__init__()
+        self.net, self.layers = net, layers
+
+    def forward(self, x, t, cond):
+        return self.net(x, t, cond)._replace(features=self.layers(x, t, cond).features)
+
+
 def mixture(path, prediction: str = "x0") -> GaussianMixture:
     means = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
     return GaussianMixture(path, means, 0.3, labels=range(LABELS), prediction=prediction)
