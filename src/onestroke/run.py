@@ -14,6 +14,7 @@ import torch
 
 from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
+from onestroke.pairs import about_pairs, check_pairs, make_pairs
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
 
@@ -62,7 +63,7 @@ def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
 
 
 def plan_run(
-    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any]
+    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any], pairs: bool = False
 ) -> tuple[Recipe, Settings, dict[str, Any]]:
     """Check everything that can be checked before anything heavy is loaded. Raises InputError."""
     cls = get_method(method)
@@ -71,6 +72,8 @@ def plan_run(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
     if cls.needs & {"x0"}:
         raise InputError(f"method {method!r} needs real images, and only prompts were given.")
+    if pairs and "pairs" not in cls.needs:
+        raise InputError(f"method {method!r} needs no pairs; leave --pairs out.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen), settings, chosen
 
@@ -79,7 +82,8 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to overwrite. With resume, the folder must hold the same run (a larger `steps` continues it)."""
     known = out / "recipe.json"
     if not resume:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        # pairs alone: a run that was cut off while it made them
+        if out.is_file() or (out.is_dir() and any(p.name != "pairs" for p in out.iterdir())):
             raise InputError(f"{out} is not empty; choose another --out, or continue its run with --resume.")
         if file := next((p for p in out.parents if p.is_file()), None):
             raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
@@ -102,20 +106,25 @@ def distill(
     method: str,
     prompts: str | Path | list[str],
     out: str | Path,
+    pairs: str | Path | None = None,
     resume: bool = False,
     **settings: Any,
 ):
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
-    one prompt per line, or a list. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take
-    a number or {player: number}) and the method's own options. Returns the loaded student.
+    one prompt per line, or a list. pairs: a folder of pairs of the teacher's solver, for the methods that need them;
+    what it lacks is made there (default: `pairs` in `out`). settings: trainer settings (see
+    `onestroke.settings.Settings`; per-player ones take a number or {player: number}) and the method's own options.
+    Returns the loaded student.
 
     Raises InputError before anything heavy is loaded, DivergedError when a loss is not finite.
     """
     out, name = Path(out), getattr(teacher, "name", None) or str(teacher)
     lines = read_prompts(prompts)
-    recipe, run, chosen = plan_run(name, method, lines, settings)
+    recipe, run, chosen = plan_run(name, method, lines, settings, pairs is not None)
+    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
+    check_pairs(kept, about)
     if not hasattr(teacher, "net"):
         source = locate(teacher)
         if isinstance(source, Path):
@@ -141,7 +150,10 @@ def distill(
 
     student = copy_of_teacher("student")
     parts = Parts(teacher.net, student, copy_of_teacher, few, teacher.null, run.guidance_scale, teacher.shape)
-    data = Data(teacher.shape, teacher.encode(lines))
+    cond, made = teacher.encode(lines), None
+    if "pairs" in get_method(method).needs:
+        made = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size)
+    data = Data(teacher.shape, cond, pairs=made)
     trainer = Trainer(get_method(method)(parts, **chosen), data, run, out)
     if resume:
         trainer.resume()
