@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from onestroke.denoiser import Denoiser, Guided
@@ -102,6 +104,11 @@ class Parts:
     def _channels(self) -> list[int]:
         return feature_channels(self.student, self.shape, self.null)
 
+    def target(self) -> nn.Module:
+        """A frozen copy of what the student trains, over what it shares with the teacher; `follow` moves it."""
+        shared = {id(p): p for p in self.student.parameters() if not p.requires_grad}
+        return copy.deepcopy(self.student, shared).requires_grad_(False)
+
     def guide(self, net: nn.Module, scale: float | None = None) -> nn.Module:
         """`net` under classifier-free guidance of this scale, or of this run's where it is None."""
         return Guided(net, self.guidance_scale if scale is None else scale, self.null)
@@ -133,6 +140,8 @@ class Method(nn.Module, ABC):
 
     players: ClassVar[tuple[str, ...]]
     """Attributes that are trained, in the order of play."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Attributes that follow the student without training (see `follow`); they are saved and resumed."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of NEEDS, with the default options; empty: prompts alone."""
     paper: ClassVar[str]
@@ -182,6 +191,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             if not scope[p]:
                 del scope[p]
                 p.requires_grad_(True)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, player: nn.Module, keep: float = 0.0) -> None:
+    """target <- keep target + (1 - keep) player, whatever distributes the player. Call it where the weights moved."""
+    for old, new in zip(target.parameters(), player.parameters(), strict=True):
+        if old is not new:
+            old.lerp_((new.full_tensor() if isinstance(new, DTensor) else new).to(old), 1 - keep)
 
 
 @contextmanager

@@ -38,6 +38,11 @@ class FewStep:
         a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64, device=noise.device))
         return noise * like(torch.hypot(a, b) if self.start == "unit" else b, noise)
 
+    def eps(self, noise: Tensor, x0: Tensor) -> Tensor:
+        """The eps (B, *D) with which x0 mixes to the first input from `noise`; where that has no signal, the noise."""
+        a, b = self.path.ab(self.time(0, noise))
+        return (self.input(noise) - like(a, x0) * x0) / like(b, x0)
+
     def time(self, k: int, noise: Tensor) -> Tensor:
         """The unit time (B,) of call number k, float64."""
         return torch.full((len(noise),), self.times[k], dtype=torch.float64, device=noise.device)

@@ -35,17 +35,18 @@ class Data:
     shape: tuple[int, ...]  # of one latent
     cond: Cond  # (N, ...)
     x0: Tensor | None = None  # (N, *shape)
-    pairs: Pairs | None = None  # (N, *shape) each
+    pairs: Pairs | None = None  # (M, *shape) each; pair i is of condition i modulo N
 
     def __len__(self) -> int:
-        return len(next(iter(self.cond.values())))
+        return len(next(iter(self.cond.values())) if self.pairs is None else self.pairs.noise)
 
     def batch(self, draw: Draws, device: torch.device) -> Batch:
         rows = draw.index(len(self))
         noise = draw.normal(self.shape)
+        pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
+        rows = rows % len(next(iter(self.cond.values())))
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         x0 = None if self.x0 is None else self.x0[rows].to(device)
-        pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
         return Batch(noise, cond, draw, x0, pairs)
 
 
@@ -236,6 +237,12 @@ class Trainer:
         """A player without what distributes it."""
         return self.accelerator.unwrap_model(getattr(self.method, player))
 
+    def own(self, target: str) -> dict[str, Tensor]:
+        """What a target does not share with the player it follows."""
+        shared = {id(p) for p in self.bare(self.method.players[0]).parameters()}
+        named = getattr(self.method, target).state_dict(keep_vars=True)
+        return {k: v for k, v in named.items() if id(v) not in shared}
+
     def moments(self, player: str) -> dict[str, Tensor]:
         """The optimiser's state of a player, as "<parameter>.<kind>"."""
         state = self.optimisers[player].state
@@ -255,6 +262,7 @@ class Trainer:
             tensors[f"{player}.optim"] = gathered(self.moments(player))
         if own := self.memory():
             tensors["method"] = gathered(own)
+        tensors |= {target: gathered(self.own(target)) for target in self.method.targets}
         if self.average:
             self.average.swap()
             tensors["average"] = gathered(learned(self.bare(self.method.players[0])))
@@ -291,6 +299,8 @@ class Trainer:
             assign(moments, read_tensors(folder / f"{player}.optim.safetensors", moments))
         if own := self.memory():
             assign(own, read_tensors(folder / "method.safetensors", own))
+        for target in self.method.targets:
+            assign(self.own(target), read_tensors(folder / f"{target}.safetensors", self.own(target)))
         self.round, self.seen = about["round"], about["seconds"]
 
     def finish(self) -> nn.Module:

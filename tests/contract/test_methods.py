@@ -138,7 +138,7 @@ def test_claims_are_complete(name):
     assert about["players"] == list(cls.players) != []
     assert len(set(cls.players)) == len(cls.players)
     assert cls.players[0] in ("student", "generator")
-    assert set(cls.players) | {"teacher"} >= set(cls.passes)
+    assert {*cls.players, *cls.targets, "teacher"} >= set(cls.passes)
     assert all(isinstance(n, int) and n > 0 for n in cls.passes.values())
     assert cls.needs <= NEEDS.keys()
     assert cls.max_steps >= 1
