@@ -49,13 +49,13 @@ def status(key: str) -> int:
 
 def rounds(teacher: str, method: str, settings: dict[str, Any]) -> None:
     """Two real rounds."""
-    from onestroke.run import made
+    from onestroke.run import parts_of
     from onestroke.teachers import load_teacher
     from onestroke.train import Data, Trainer
 
     _, run, chosen = plan_run(teacher, method, ["prompt"], settings)
     loaded = load_teacher(teacher)
-    playing, _ = made(loaded, get_method(method), run, chosen)
+    playing = get_method(method)(parts_of(loaded, run), **chosen)
     data = Data(loaded.shape, loaded.encode(["prompt"] * run.batch_size * run.accumulate))
     trainer = Trainer(playing, data, replace(run, log_with="none"))
     for _ in range(2):

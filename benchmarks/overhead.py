@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestroke.denoiser import plain_attention
 from onestroke.method import Parts
 from onestroke.methods import get_method, options
 from onestroke.paths import Cond, Table
@@ -88,7 +89,7 @@ def bare_round(trainer: Trainer) -> Callable[[], None]:
     twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, text])) if guided else (x, t, text)
 
     def call(net: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), plain_attention(x):
             return net(x, t, encoder_hidden_states=text, return_dict=False)[0]
 
     def learn(net: nn.Module, optimiser: torch.optim.Optimizer, watch: Callable[[], None] = lambda: None) -> None:

@@ -89,6 +89,14 @@ def pipeline_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """A tiny teacher of every family, by name, loaded from disk once it is asked for."""
+    from families import Teachers
+
+    return Teachers(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")

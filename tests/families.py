@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import transformers
 from torch import nn
+
+from onestroke.teachers.pipeline import PipelineTeacher
 
 LETTERS = string.ascii_lowercase
 WIDTH = 16  # of the text
@@ -190,7 +193,6 @@ def sdxl() -> Any:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-        transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
     )
     return diffusers.StableDiffusionXLPipeline(
@@ -283,9 +285,9 @@ def flux(guided: bool) -> Any:
     net = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
-        num_single_layers=3,
+        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=1,
         joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH,
         guidance_embeds=guided,
@@ -393,3 +395,16 @@ def pipeline_of(name: str) -> Any:
     """The tiny pipeline of a family, the same whenever it is made."""
     torch.manual_seed(0)
     return FAMILIES[name].make()
+
+
+class Teachers(dict[str, PipelineTeacher]):
+    """The teachers by the name of their family, each written to `root` and read from there once it is asked for."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> PipelineTeacher:
+        pipeline_of(name).save_pretrained(self.root / name)
+        self[name] = PipelineTeacher.load(self.root / name, size=FAMILIES[name].size)
+        return self[name]

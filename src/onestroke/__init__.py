@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onestroke.errors import DivergedError, ExportError, InputError, OnestrokeError
     from onestroke.exports import export
+    from onestroke.merging import merge
     from onestroke.run import distill
     from onestroke.student import load_student
     from onestroke.teachers import load_teacher
@@ -24,6 +25,7 @@ _HOMES = {
     "export": "exports",
     "load_student": "student",
     "load_teacher": "teachers",
+    "merge": "merging",
 }
 _MODULES = {"methods", "paths", "teachers", "truth"}
 
@@ -36,6 +38,7 @@ __all__ = [
     "export",
     "load_student",
     "load_teacher",
+    "merge",
 ]
 
 

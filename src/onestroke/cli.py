@@ -55,6 +55,7 @@ def distill(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, e.g. lr.student=1e-5. Repeatable.")
     ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Folder of pairs to read or make, for methods on pairs.")] = None,
     seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ):
@@ -64,7 +65,7 @@ def distill(
 
     given = {"seed": seed} | parse(set_ or [])
     given |= {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
-    run(teacher, method=method, prompts=prompts, images=images, out=out, resume=resume, **given)
+    run(teacher, method=method, prompts=prompts, images=images, out=out, pairs=pairs, resume=resume, **given)
     print(f"student: {out}")
 
 
@@ -138,6 +139,21 @@ def export(
 
     run(model, to=to, out=out, dtype=dtype, rank=rank, base=base)
     print(f"{to}: {out}")
+
+
+@app.command()
+def merge(
+    students: Annotated[list[Path], typer.Argument(help="Two or more students' folders.")],
+    out: Annotated[Path, typer.Option(help="Empty folder for the student.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each student, in their order; default: equal. Repeatable.")
+    ] = None,
+):
+    """Write the weighted mean of the weights of students of one teacher as a student."""
+    from onestroke.merging import merge as run
+
+    run(students, weight, out=out)
+    print(f"student: {out}")
 
 
 @app.command()

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
@@ -64,11 +67,23 @@ def tapped(
             handle.remove()
 
 
+@contextmanager
+def plain_attention(x: Tensor) -> Iterator[None]:
+    """Attention to x by matrix products where fused kernels are slow backward, on a CPU, or cannot be: under
+    forward-mode differentiation."""
+    if x.device.type == "cpu" or unpack_dual(x).tangent is not None:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
 class Guided(nn.Module):
     """Classifier-free guidance as a denoiser: null + scale (cond - null); scale 1 is none (arXiv 2207.12598).
 
     Both halves go through the network in one call of twice the batch. Features are those of the conditional half.
-    Scale 0 is the null condition alone, in one call; a negative scale guides away from the condition.
+    Scale 0 is the null condition alone, in one call; a negative scale guides away from the condition. A network that
+    reads its guidance, as cond["guidance"] (B,), is given the scale, in one call (arXiv 2210.03142).
     """
 
     def __init__(self, net: nn.Module, scale: float, null: Cond):
@@ -78,6 +93,8 @@ class Guided(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         if self.scale == 1:
             return self.net(x, t, cond)
+        if self.scale > 0 and "guidance" in cond:
+            return self.net(x, t, {**cond, "guidance": torch.full_like(cond["guidance"], self.scale)})
         null = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
         if self.scale == 0:
             return self.net(x, t, null)
@@ -103,6 +120,18 @@ class OnPath(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         s = self.src.time_of(self.path.log_snr(t))
         return self.net(x * like(self.src.ab(s)[0] / self.path.ab(t)[0], x), s, cond)
+
+
+def numbers(net: nn.Module) -> Tensor:
+    """A copy of the trained numbers of a network in one vector, whole where they are sharded."""
+    live = (p.detach() for p in net.parameters() if p.requires_grad)
+    return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).flatten() for p in live])
+
+
+def clone_live(net: nn.Module) -> nn.Module:
+    """A copy with trained parameters of its own over the *same* frozen parameters and buffers."""
+    still = (*(p for p in net.parameters() if not p.requires_grad), *net.buffers())
+    return copy.deepcopy(net, {id(t): t for t in still})
 
 
 def clone_sharing(net: nn.Module) -> nn.Module:

@@ -19,7 +19,8 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.body = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, 1))
+        # No last bias: inside the margins of the hinge its gradient is rounding alone, which Adam makes full steps of.
+        self.body = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, 1, bias=False))
 
     def forward(self, feature: Tensor) -> Tensor:
         places = feature.flatten(2).transpose(1, 2) if feature.ndim > 2 else feature[:, None]
@@ -35,6 +36,39 @@ class Heads(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], 1)
+
+
+class Pool(nn.Module):
+    """`count` heads for every tapped feature; a call uses one per feature (NitroFusion, arXiv 2412.02030).
+
+    The others stay out of the graph, so that their weights and their optimiser's memory rest: the pool is `sparse`.
+    """
+
+    sparse = True
+
+    def __init__(self, channels: Sequence[int], count: int, width: int = 64):
+        super().__init__()
+        self.channels, self.width = tuple(channels), width
+        self.heads = nn.ModuleList(Head(c, width) for _ in range(count) for c in channels)
+
+    @property
+    def layers(self) -> int:
+        return len(self.channels)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def forward(self, features: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Logits (B, N): feature i is judged by number rows[i] of the heads for it."""
+        heads = [self.heads[row * self.layers + i] for i, row in enumerate(rows)]
+        return torch.cat([head(f) for head, f in zip(heads, features, strict=True)], 1)
+
+    def fresh(self, head: int, share: float) -> dict[str, Tensor]:
+        """Weights of a new head in place of number `head` of all, by name; `share` in [0, 1) chooses them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(share * 2**53))
+            new = Head(self.channels[head % self.layers], self.width)
+        return {f"heads.{head}.{name}": value for name, value in new.state_dict().items()}
 
 
 class Critic(nn.Module):

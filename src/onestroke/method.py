@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from onestroke.denoiser import Denoiser, Guided
 from onestroke.draws import Draws
-from onestroke.heads import Critic, Head, Heads, feature_channels
+from onestroke.heads import Critic, Head, Heads, Pool, feature_channels
 from onestroke.paths import Cond, Path
 from onestroke.sampling import FewStep
 
@@ -44,10 +46,15 @@ class Reward(Protocol):
 
 
 class Turn(NamedTuple):
-    """One optimiser step of one player, on the sum of the named scalar terms."""
+    """One optimiser step of one player, on the sum of the named scalar terms.
+
+    fresh: parameters of the player, by name, that begin anew after that step: the values given, and nothing of them in
+    the optimiser's memory. The same in every micro-batch and process.
+    """
 
     player: str
     terms: dict[str, Tensor]
+    fresh: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,10 @@ class Parts:
         """Fresh discriminator heads for every tapped layer of the network."""
         return Heads(self._channels()).to(self._kind)
 
+    def pool(self, count: int) -> Pool:
+        """`count` fresh discriminator heads for every tapped layer of the network, of which a call uses one each."""
+        return Pool(self._channels(), count).to(self._kind)
+
     def critic(self, role: str) -> Critic:
         """`copy(role)` with a discriminator head on its bottleneck, one player."""
         return Critic(self.copy(role), self.head(), self.bottleneck)
@@ -92,6 +103,11 @@ class Parts:
 
     def _channels(self) -> list[int]:
         return feature_channels(self.student, self.shape, self.null)
+
+    def target(self) -> nn.Module:
+        """A frozen copy of what the student trains, over what it shares with the teacher; `follow` moves it."""
+        shared = {id(p): p for p in self.student.parameters() if not p.requires_grad}
+        return copy.deepcopy(self.student, shared).requires_grad_(False)
 
     def guide(self, net: nn.Module, scale: float | None = None) -> nn.Module:
         """`net` under classifier-free guidance of this scale, or of this run's where it is None."""
@@ -118,10 +134,14 @@ class Method(nn.Module, ABC):
     frozen(m):`, the yield inside. (4) Control flow depends on `step` and `batch.draw.shared()` only; random numbers
     come from `batch.draw` only. (5) After a yield the weights have moved. (6) Hyper-parameters are keyword arguments
     with the paper's default. (7) `players`, `needs` and `passes` are true.
+
+    What a method remembers from round to round is a buffer of its own: checkpoints keep it.
     """
 
     players: ClassVar[tuple[str, ...]]
     """Attributes that are trained, in the order of play."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Attributes that follow the student without training (see `follow`); they are saved and resumed."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of NEEDS, with the default options; empty: prompts alone."""
     paper: ClassVar[str]
@@ -173,6 +193,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
+@torch.no_grad()
+def follow(target: nn.Module, player: nn.Module, keep: float = 0.0) -> None:
+    """target <- keep target + (1 - keep) player, whatever distributes the player. Call it where the weights moved."""
+    for old, new in zip(target.parameters(), player.parameters(), strict=True):
+        if old is not new:
+            old.lerp_((new.full_tensor() if isinstance(new, DTensor) else new).to(old), 1 - keep)
+
+
 @contextmanager
 def playing(scope: WeakIdKeyDictionary) -> Iterator[None]:
     """One game's turn and its backward: what it holds frozen is frozen here, and only here.
@@ -198,10 +226,12 @@ def play(
     update: Callable[[str], None],
     backward: Callable[[Tensor], None] = Tensor.backward,
     advance: Callable[[Iterator[Turn]], Turn | None] = lambda game: next(game, None),
+    renew: Callable[[str, Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
 
-    Calls `update(player)` once per turn, after the backward of all micro-batches. Returns the mean of every term as
+    Calls `update(player)` once per turn, after the backward of all micro-batches, and `renew(player, fresh)` after it
+    where the turn asks for it; without `renew` the values alone are set. Returns the mean of every term as
     "player/term", detached.
     """
     games = [method.step(batch, step) for batch in batches]
@@ -219,5 +249,10 @@ def play(
             return log
         (player,) = {turn.player for turn in turns}
         update(player)
+        if fresh := turns[0].fresh:
+            if renew is None:
+                getattr(method, player).load_state_dict(fresh, strict=False)
+            else:
+                renew(player, fresh)
         for name in turns[0].terms:
             log[f"{player}/{name}"] = torch.stack([turn.terms[name].detach() for turn in turns]).mean()

@@ -122,6 +122,7 @@ def data_use(method: str, recipe: dict[str, Any]) -> str:
     said = {
         "x0": "real images, whose captions are the prompts",
         "pairs": "pairs of noise and the teacher's own pictures",
+        "reward": "a reward of the student's pictures",
     }
     return ", ".join([count, *(said.get(need, need) for need in sorted(needs))]) + "; no real images" * (
         "x0" not in needs

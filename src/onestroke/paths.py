@@ -99,6 +99,12 @@ class Path(ABC):
         x0 = like(q / det, x) * x - like(b / det, x) * out
         return Estimate(x0, like(a / det, x) * out - like(p / det, x) * x)
 
+    def through(self, x: Tensor, t: Tensor, y: Tensor, s: Tensor) -> Estimate:
+        """The (x0, eps) that mix to x (B, *D) at t and to y at s: what one DDIM step from x to y implies."""
+        (a, b), (p, q) = self.ab(t), self.ab(s)
+        det = a * q - b * p
+        return Estimate(like(q / det, x) * x - like(b / det, x) * y, like(a / det, x) * y - like(p / det, x) * x)
+
     def join(self, x0: Tensor, eps: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """(x0, eps) -> what a network of this prediction type should output (the inverse of split)."""
         p, q = self.basis(t, prediction)

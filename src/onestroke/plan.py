@@ -25,10 +25,10 @@ from onestroke.draws import Draws
 from onestroke.errors import InputError, read_json
 from onestroke.method import Batch, Method, play
 from onestroke.methods import get_method
-from onestroke.run import made, plan_run
+from onestroke.run import parts_of, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
-from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars, prepare
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
 from onestroke.train import Data, Trainer, live
 
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -160,7 +160,6 @@ def hollow_teacher(folder: Path, size: tuple[int, int] | None = None) -> Pipelin
                     parts[name] = cls.from_config(cls.load_config(folder / name))
         options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
         pipeline = getattr(diffusers, index["_class_name"])(**parts, **options)
-    prepare(pipeline)
     teacher = PipelineTeacher(pipeline, str(folder), size)
     pipeline.register_modules(**dict.fromkeys(teacher.encoders))
     return teacher
@@ -185,7 +184,7 @@ def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, opti
     """The plan of a method on the teacher that `load` makes without storage."""
     with watched() as memory:
         teacher = load()
-        playing, _ = made(teacher, method, run, options)
+        playing = method(parts_of(teacher, run), **options)
         rows = max(prompts, run.batch_size * run.accumulate)
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in teacher.null.items()}
         size = run.batch_size

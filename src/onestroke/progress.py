@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 class Progress:
     """A rich progress bar; `quiet` shows nothing."""
 
-    def __init__(self, total: int, images: int, quiet: bool):
+    def __init__(self, total: int, images: int, quiet: bool, task: str = "distilling"):
         self.images, self.since, self.at = images, time.monotonic(), -1
         columns = (
             TextColumn("{task.description}"),
@@ -21,7 +21,7 @@ class Progress:
             TimeRemainingColumn(),
         )
         self.bar = Bar(*columns, disable=quiet, refresh_per_second=2)
-        self.task = self.bar.add_task("distilling", total=total, losses="")
+        self.task = self.bar.add_task(task, total=total, losses="")
 
     def __enter__(self):
         self.bar.start()

@@ -172,6 +172,7 @@ def own_towers(teacher: PipelineTeacher) -> Towers:
         raise _no_tower(teacher)
 
     def embed(prompts: list[str]) -> Tensor:
+        teacher.restore()
         ids = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return pipeline.text_encoder(ids.to(pipeline.text_encoder.device)).pooler_output
 

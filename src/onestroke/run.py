@@ -15,6 +15,7 @@ import torch
 from onestroke.errors import InputError, read_json, read_text
 from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
+from onestroke.pairs import about_pairs, check_pairs, make_pairs
 from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
@@ -62,7 +63,12 @@ def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
 
 
 def plan_run(
-    teacher: str, method: str, prompts: list[str], given: Mapping[str, Any], pictures: Pictures | None = None
+    teacher: str,
+    method: str,
+    prompts: list[str],
+    given: Mapping[str, Any],
+    pictures: Pictures | None = None,
+    pairs: bool = False,
 ) -> tuple[Recipe, Settings, dict[str, Any]]:
     """Check everything that can be checked before anything heavy is loaded. Raises InputError."""
     cls = get_method(method)
@@ -76,14 +82,17 @@ def plan_run(
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
+    if pairs and "pairs" not in needs:
+        raise InputError(f"method {method!r} needs no pairs; leave --pairs out.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
 
 
-def check_empty(out: Path, hint: str = "") -> None:
-    """Refuse to write where something is. Raises InputError."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+def check_empty(out: Path, hint: str = "", besides: str = "") -> None:
+    """Refuse to write where something is; `besides`, the one name that may be there (a run cut off at its pairs has
+    them alone). Raises InputError."""
+    if out.is_file() or (out.is_dir() and any(p.name != besides for p in out.iterdir())):
         raise InputError(f"{out} is not empty; choose another --out{hint}.")
     if file := next((p for p in out.parents if p.is_file()), None):
         raise InputError(f"{out} cannot be made: {file} is a file; choose another --out.")
@@ -93,7 +102,7 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to overwrite. With resume, the folder must hold the same run (a larger `steps` continues it)."""
     known = out / "recipe.json"
     if not resume:
-        return check_empty(out, ", or continue its run with --resume")
+        return check_empty(out, ", or continue its run with --resume", besides="pairs")
     if not known.is_file():
         raise InputError(f"{out} holds no run to resume (no recipe.json); start without --resume.")
     before, now = read_json(known), json.loads(json.dumps(asdict(recipe)))
@@ -106,10 +115,8 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
 
 
-def made(
-    teacher: Any, method: type, run: Settings, options: Mapping[str, Any], null: Any = None, reward: Any = None
-) -> tuple[Any, Any]:
-    """The method on roles of a loaded teacher, and how its student is called (a FewStep)."""
+def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None) -> Any:
+    """What methods are built from, for a loaded teacher: Parts."""
     from onestroke.method import Parts
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
@@ -120,8 +127,7 @@ def made(
         return make_role(teacher.net, name, run)
 
     scale, null = run.guidance_scale, teacher.null if null is None else null
-    parts = Parts(teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps)
-    return method(parts, **options), few
+    return Parts(teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps)
 
 
 def distill(
@@ -131,6 +137,7 @@ def distill(
     out: str | Path,
     prompts: str | Path | list[str] | None = None,
     images: str | Path | None = None,
+    pairs: str | Path | None = None,
     resume: bool = False,
     reward: str | Score = "",
     **settings: Any,
@@ -139,10 +146,11 @@ def distill(
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
     one prompt per line, or a list. images, instead: a folder of pictures with captions, which are then the prompts (see
-    `onestroke.images.read_images`). reward, for the methods that need one: "clip:<folder or hub id>", or a
-    differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by default the
-    teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player ones take a
-    number or {player: number}) and the method's own options. Returns the loaded student.
+    `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, for the methods that need them;
+    what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need one: "clip:<folder or hub
+    id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by
+    default the teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player
+    ones take a number or {player: number}) and the method's own options. Returns the loaded student.
 
     Beside the pipeline stand its model card and parity.json: it is drawn with by plain diffusers and compared with the
     sampler of training.
@@ -156,8 +164,11 @@ def distill(
     pictures = None if images is None else read_images(images)
     lines = read_prompts(prompts or []) if pictures is None else pictures.captions
     judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
-    recipe, run, chosen = plan_run(name, method, lines, settings | ({"reward": judged} if judged else {}), pictures)
+    given = settings | ({"reward": judged} if judged else {})
+    recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
     needs = cls.needs_of({**options(cls), **chosen})
+    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
+    check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     if isinstance(source, Path):
         from onestroke.teachers.pipeline import inspect_folder
@@ -187,9 +198,9 @@ def distill(
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
     teacher.park()
-    playing, few = made(teacher, cls, run, chosen, null, judge)
-    data = Data(teacher.shape, cond, x0)
-    trainer = Trainer(playing, data, run, out)
+    parts = parts_of(teacher, run, null, judge)
+    solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
+    trainer = Trainer(cls(parts, **chosen), Data(teacher.shape, cond, x0, solved), run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:
@@ -198,7 +209,7 @@ def distill(
     student = trainer.finish()
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
-        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
-        finish_student(teacher, student, few, out)
+        save_student(teacher, student, parts.few, out, {**card, "teacher_licence": licence_of(name)})
+        finish_student(teacher, student, parts.few, out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)

@@ -38,9 +38,23 @@ class FewStep:
         a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64, device=noise.device))
         return noise * like(torch.hypot(a, b) if self.start == "unit" else b, noise)
 
+    def eps(self, noise: Tensor, x0: Tensor) -> Tensor:
+        """The eps (B, *D) with which x0 mixes to the first input from `noise`; where that has no signal, the noise."""
+        a, b = self.path.ab(self.time(0, noise))
+        return (self.input(noise) - like(a, x0) * x0) / like(b, x0)
+
     def time(self, k: int, noise: Tensor) -> Tensor:
         """The unit time (B,) of call number k, float64."""
         return torch.full((len(noise),), self.times[k], dtype=torch.float64, device=noise.device)
+
+    def noised(self, x0: Tensor, noise: Tensor, call: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs x_t (B, *D) and times (B,) of the calls numbered `call` (B,), from clean samples x0 (B, *D).
+
+        The first call sees noise alone, as in sampling; the others see x0 noised to their times.
+        """
+        t = torch.tensor(self.times, dtype=torch.float64, device=noise.device)[call]
+        first = (call == 0).reshape(-1, *[1] * (x0.ndim - 1))
+        return torch.where(first, self.input(noise), self.path.mix(x0, noise, t)), t
 
     def inputs(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
         """The inputs x_t (B, *D) of calls 0 .. upto (default: the last), each from the x0 of the one before.

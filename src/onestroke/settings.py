@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from onestroke.errors import InputError, unknown
+from onestroke.solvers import SOLVERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class Settings:
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
     reward: str = ""
     """Of the methods that need one: "clip:<folder or hub id>"; empty: the teacher's own pair of towers."""
+    pair_count: int = 0
+    """Pairs of the teacher's solver, for the methods that need them; 0: one per prompt."""
+    solver: str = "dpm++2m"
+    """What makes the pairs, one of `onestroke.solvers.SOLVERS`."""
+    solver_steps: int = 25
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
     betas: dict[str, list[float]] = field(default_factory=lambda: {"*": [0.9, 0.999]})
     weight_decay: float = 0.0
@@ -61,12 +67,14 @@ class Settings:
     """An accelerate tracker, or "none"."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "student_steps", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "student_steps", "solver_steps", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"setting {name}={getattr(self, name)} must be at least 1.")
-        for name in ("seed", "warmup", "weight_decay", "clip", "guidance_scale"):
+        for name in ("seed", "pair_count", "warmup", "weight_decay", "clip", "guidance_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"setting {name}={getattr(self, name)} must be finite and not negative.")
+        if self.solver not in SOLVERS:
+            raise unknown("solver", self.solver, SOLVERS)
         for player, value in self.lr.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"setting lr.{player}={value} must be finite and not negative.")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from onestroke.draws import Draws
 from onestroke.errors import unknown
-from onestroke.paths import Cond, Path, Prediction, like
+from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
 Reduce = Literal["mean", "sum"]
 
@@ -46,6 +46,21 @@ def dsm(
     est = net(path.mix(x0, eps, t), t, cond)
     error = path.join(est.x0, est.eps, t, space) - path.join(x0, eps, t, space)
     return reduced(error.square() if weight is None else like(weight, error) * error.square(), reduce)
+
+
+def straight(net: nn.Module, path: Path, x0: Tensor, eps: Tensor, cond: Cond, t: Tensor) -> Tensor:
+    """Mean squared error of the straight path's velocity eps - x0 at x_t = a x0 + b eps (flow matching, 2209.03003).
+
+    On any path: where a trajectory is straight in signal and noise, x0 and eps do not change along it.
+    """
+    est = net(path.mix(x0, eps, t), t, cond)
+    return reduced((est.eps - est.x0 - eps + x0).square(), "mean")
+
+
+def truncated_snr(est: Estimate, x0: Tensor, eps: Tensor) -> Tensor:
+    """The error of x0 under max(SNR, 1): per sample the larger of the squared x0 and eps errors (arXiv 2202.00512)."""
+    error = [(e - y).square().flatten(1).mean(1) for e, y in ((est.x0, x0), (est.eps, eps))]
+    return torch.maximum(*error).mean()
 
 
 def edm_weight(path: Path, t: Tensor, sigma_data: float) -> Tensor:

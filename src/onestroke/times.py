@@ -17,6 +17,21 @@ def uniform(draw: Draws, path: Path, lo: float = 0.0, hi: float = 1.0) -> Tensor
     return path.snap(draw.uniform(max(lo, path.t_min), min(hi, path.t_max)))
 
 
+def straight(draw: Draws, path: Path, lo: float = 0.0, hi: float = 1.0, ends: float = 0.0) -> Tensor:
+    """(B,) float64: the straight path's time u = b / (a + b) in [lo, hi], as far as the path goes.
+
+    Uniform, or of density cosh(ends (2 u - 1)), which prefers both ends (2-RF++, arXiv 2405.20320).
+    """
+    first, last = torch.sigmoid(-_ends(path)).clamp(lo, hi)
+    u = draw.uniform()
+    if ends:
+        low, high = torch.sinh(ends * (2 * first - 1)), torch.sinh(ends * (2 * last - 1))
+        u = (torch.asinh(low + u * (high - low)) / ends + 1) / 2
+    else:
+        u = first + u * (last - first)
+    return path.snap(path.time_of(torch.logit(1 - u)).clamp(path.t_min, path.t_max))
+
+
 def karras(draw: Draws, path: Path, lo: float = 0.0, hi: float = 0.8) -> Tensor:
     """(B,) float64: b / a uniform on the part [lo, hi] of the ramp of Karras et al., as far as the path goes."""
     first, last = RAMP.time_of(_ends(path)).tolist()

@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,17 +36,18 @@ class Data:
     shape: tuple[int, ...]  # of one latent
     cond: Cond  # (N, ...)
     x0: Tensor | None = None  # (N, *shape)
-    pairs: Pairs | None = None  # (N, *shape) each
+    pairs: Pairs | None = None  # (M, *shape) each; pair i is of condition i modulo N
 
     def __len__(self) -> int:
-        return len(next(iter(self.cond.values())))
+        return len(next(iter(self.cond.values())) if self.pairs is None else self.pairs.noise)
 
     def batch(self, draw: Draws, device: torch.device) -> Batch:
         rows = draw.index(len(self))
         noise = draw.normal(self.shape)
+        pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
+        rows = rows % len(next(iter(self.cond.values())))
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         x0 = None if self.x0 is None else self.x0[rows].to(device)
-        pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
         return Batch(noise, cond, draw, x0, pairs)
 
 
@@ -131,9 +132,10 @@ class Trainer:
                 for child in module.modules():
                     if hasattr(child, "enable_gradient_checkpointing"):
                         child.enable_gradient_checkpointing()
-            wrapped = (
-                sharded(module) if settings.shard else self.accelerator.prepare_model(module, device_placement=False)
-            )
+            sparse = getattr(module, "sparse", False)  # a call uses some of its parameters
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=sparse)
+            prepare = self.accelerator.prepare_model
+            wrapped = sharded(module) if settings.shard else prepare(module, device_placement=False)  # it is there
             setattr(method, player, wrapped)
             params = [p for p in wrapped.parameters() if p.requires_grad]
             self.optimisers[player] = self.accelerator.prepare_optimizer(
@@ -178,15 +180,22 @@ class Trainer:
         if self.average and player == self.method.players[0]:
             self.average.update()
 
+    def renew(self, player: str, fresh: Mapping[str, Tensor]) -> None:
+        """Begin parameters of a player anew: these values, and nothing of them in the optimiser's memory."""
+        module = live(self.bare(player))
+        assign({name: module[name] for name in fresh}, dict(fresh))
+        for key, value in self.moments(player).items():
+            if key.rpartition(".")[0] in fresh:
+                value.zero_()
+
     def advance(self, game: Iterator) -> Any:
         with self.accelerator.autocast():
             return next(game, None)
 
     def one_round(self, progress: float) -> dict[str, float]:
         self.factor = self.rate(progress)
-        log = play(
-            self.method, self.batches(self.round), self.round, self.update, self.accelerator.backward, self.advance
-        )
+        kernel = (self.update, self.accelerator.backward, self.advance, self.renew)
+        log = play(self.method, self.batches(self.round), self.round, *kernel)
         values = {k: float(v) for k, v in log.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -232,18 +241,32 @@ class Trainer:
         """A player without what distributes it."""
         return self.accelerator.unwrap_model(getattr(self.method, player))
 
+    def own(self, target: str) -> dict[str, Tensor]:
+        """What a target does not share with the player it follows."""
+        shared = {id(p) for p in self.bare(self.method.players[0]).parameters()}
+        named = getattr(self.method, target).state_dict(keep_vars=True)
+        return {k: v for k, v in named.items() if id(v) not in shared}
+
     def moments(self, player: str) -> dict[str, Tensor]:
         """The optimiser's state of a player, as "<parameter>.<kind>"."""
         state = self.optimisers[player].state
         return {f"{k}.{kind}": v for k, p in live(self.bare(player)).items() for kind, v in state[p].items()}
 
+    def memory(self) -> dict[str, Tensor]:
+        """What the method itself remembers: its own buffers."""
+        return dict(self.method.named_buffers(recurse=False))
+
     def save(self) -> None:
-        """Write checkpoints/<round>: per player its weights and optimiser, the student's average, and the round."""
+        """Write checkpoints/<round>: per player its weights and optimiser, the method's own buffers, the student's
+        average, and the round."""
         assert self.folder is not None, "saving needs a folder"
         tensors = {}
         for player in self.method.players:
             tensors[player] = gathered(learned(self.bare(player)))
             tensors[f"{player}.optim"] = gathered(self.moments(player))
+        if own := self.memory():
+            tensors["method"] = gathered(own)
+        tensors |= {target: gathered(self.own(target)) for target in self.method.targets}
         if self.average:
             self.average.swap()
             tensors["average"] = gathered(learned(self.bare(self.method.players[0])))
@@ -278,6 +301,10 @@ class Trainer:
                 self.average.count = about["average"]
             assign(weights, read_tensors(folder / f"{player}.safetensors", weights))
             assign(moments, read_tensors(folder / f"{player}.optim.safetensors", moments))
+        if own := self.memory():
+            assign(own, read_tensors(folder / "method.safetensors", own))
+        for target in self.method.targets:
+            assign(self.own(target), read_tensors(folder / f"{target}.safetensors", self.own(target)))
         self.round, self.seen = about["round"], about["seconds"]
 
     def finish(self) -> nn.Module:

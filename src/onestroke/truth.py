@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,13 @@ from onestroke import terms, times
 from onestroke.denoiser import Denoiser
 from onestroke.draws import Draws
 from onestroke.errors import InputError, unknown
-from onestroke.method import Batch, Method, Parts, Reward, Turn
+from onestroke.method import Batch, Method, Pairs, Parts, Reward, Turn
 from onestroke.methods import get_method, options
 from onestroke.paths import EDM, VP, Cond, Flow, Path, Prediction, like
 from onestroke.run import recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
+from onestroke.solvers import solve
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.train import Data, Trainer
 
@@ -149,6 +150,14 @@ def _data(teacher: GaussianMixture, seed: int, null_rate: float = 0.1, count: in
     return Data(teacher.shape, {"label": label}, x0)
 
 
+def _pairs(parts: Parts, cond: Cond, run: Settings) -> Pairs:
+    """Pairs of the exact teacher's solver, of the first conditions."""
+    count = 16_384
+    noise = torch.randn((count, *parts.shape), generator=torch.Generator().manual_seed(run.seed + 4))
+    cond = {k: v[:count] for k, v in cond.items()}
+    return Pairs(noise, solve(parts.guide(parts.teacher), parts.path, noise, cond, run.solver_steps, run.solver))
+
+
 def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: int = 0, steps: int = 1_000_000) -> Net:
     """A small net regressed onto the teacher for `seconds`, or for `steps` rounds if these end first."""
     torch.manual_seed(seed)
@@ -222,7 +231,10 @@ def converge(
             reward or inside(teacher),
             run.steps,
         )
-        trainer = Trainer(cls(parts, **chosen), _data(teacher, seed), run)
+        data = _data(teacher, seed)
+        if "pairs" in cls.needs:
+            data = replace(data, pairs=_pairs(parts, data.cond, run))
+        trainer = Trainer(cls(parts, **chosen), data, run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
     student = trainer.finish()
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from onestroke.draws import Draws
-from onestroke.method import Batch, Method, Parts
-from onestroke.methods import get_method
+from onestroke.method import Batch, Method, Pairs, Parts
+from onestroke.methods import get_method, options
 from onestroke.paths import Cond
 from onestroke.roles import make_role
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
+from onestroke.solvers import solve
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.train import Data, Trainer
 from onestroke.truth import Net
@@ -24,6 +26,13 @@ from truth.checks import make_path
 PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
 LABELS = 3
 ROWS = 24
+PHASES: dict[str, dict[str, Any]] = {
+    "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
+    "instaflow": {"straighten": 2},
+    "progressive": {"start": 4, "stage_steps": 1},
+    "slimflow": {"anneal": 2, "straighten": 1},
+}
+"""Options with which a method in phases is in each of them within the four rounds of a trained() run."""
 
 
 class WideData(Data):
@@ -43,9 +52,25 @@ def small_net(path, prediction: str, role: str) -> Net:
     return net.double()
 
 
+class Layered(nn.Module):
+    """The estimate of one denoiser with the tapped layers of another."""
+
+    def __init__(self, net: nn.Module, layers: nn.Module):
+        super().__init__()
+        self.net, self.layers = net, layers
+
+    def forward(self, x, t, cond):
+        return self.net(x, t, cond)._replace(features=self.layers(x, t, cond).features)
+
+
 def mixture(path, prediction: str = "x0") -> GaussianMixture:
     means = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
     return GaussianMixture(path, means, 0.3, labels=range(LABELS), prediction=prediction)
+
+
+def at_once(name: str) -> dict[str, Any]:
+    """The options with which every player plays from the first round."""
+    return {"prelude": 0} if "prelude" in options(get_method(name)) else {}
 
 
 def build(
@@ -54,7 +79,7 @@ def build(
     prediction: str = "v",
     guidance: float = 2.0,
     settings: Settings | None = None,
-    **options: Any,
+    **chosen: Any,
 ) -> Method:
     """The method on small nets of one path and prediction; every role starts elsewhere, or is LoRA where asked."""
     on = make_path(path, prediction)
@@ -70,7 +95,7 @@ def build(
     few = FewStep(on, on.grid(run.student_steps), renoise=run.renoise)
     null = {"label": torch.tensor([-1])}
     parts = Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,), reward)
-    return get_method(name)(parts, **options)
+    return get_method(name)(parts, **{**at_once(name), **chosen})
 
 
 def reward(x0: torch.Tensor, cond: Cond) -> torch.Tensor:
@@ -79,10 +104,13 @@ def reward(x0: torch.Tensor, cond: Cond) -> torch.Tensor:
     return -(x0 - at).square().sum(1) / 2
 
 
+@lru_cache
 def data(path: str = "vp", rows: int = ROWS) -> WideData:
-    """Labels, and real samples for the methods that need them."""
-    label = torch.arange(rows) % LABELS
-    return WideData((2,), {"label": label}, mixture(make_path(path)).sample(label, torch.Generator().manual_seed(0)))
+    """Labels, and real samples and pairs for the methods that need them."""
+    label, generator = torch.arange(rows) % LABELS, torch.Generator().manual_seed(0)
+    teacher, noise = mixture(make_path(path)), torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    pairs = Pairs(noise, solve(teacher, teacher.path, noise, {"label": label}, 8, "heun"))
+    return WideData((2,), {"label": label}, teacher.sample(label, generator), pairs)
 
 
 def batch(path: str = "vp", size: int = 8, step: int = 0) -> Batch:
@@ -109,7 +137,7 @@ def settings_of(**changes: Any) -> Settings:
 def trained(name: str, folder=None, rounds: int | None = None, resume: bool = False, **changes: Any) -> Trainer:
     """A trainer of a small method that has played until `rounds`; saved there if it has a folder."""
     settings = settings_of(**changes)
-    trainer = Trainer(build(name, settings=settings), data(), settings, folder)
+    trainer = Trainer(build(name, settings=settings, **PHASES.get(name, {})), data(), settings, folder)
     if resume:
         trainer.resume()
     while trainer.round < (settings.steps if rounds is None else rounds):
@@ -130,6 +158,8 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
             found |= {f"{player}/{names[p]}/{k}": torch.as_tensor(v) for k, v in state.items()}
     if trainer.average:
         found |= {f"average/{k}": v for k, v in trainer.average.values.items()}
+    for target in trainer.method.targets:
+        found |= {f"{target}/{k}": v for k, v in getattr(trainer.method, target).state_dict().items()}
     return {k: whole(v).detach().clone() for k, v in found.items()}
 
 

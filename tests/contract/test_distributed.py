@@ -47,10 +47,8 @@ def play_case(name: str, run: str, folder: Path) -> dict[str, dict[str, torch.Te
 
 def look(trainer: Trainer) -> None:
     """Call every player without gradient: a sharded one must not stay whole, nor must its parameters change."""
-    batch = trainer.batches(9)[0]
     with torch.no_grad():
-        for player in trainer.method.players:
-            getattr(trainer.method, player)(batch.noise, torch.full((SIZE,), 0.5, dtype=torch.float64), batch.cond)
+        list(trainer.method.step(trainer.batches(9)[0], 9))
 
 
 def local_share(module: torch.nn.Module) -> float:

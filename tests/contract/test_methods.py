@@ -9,7 +9,20 @@ from collections import Counter
 import pytest
 import torch
 
-from contract.build import PATHS, batch, build, data, mixture, settings_of, small_net, snapshot, state, trained
+from contract.build import (
+    PATHS,
+    Layered,
+    at_once,
+    batch,
+    build,
+    data,
+    mixture,
+    settings_of,
+    small_net,
+    snapshot,
+    state,
+    trained,
+)
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import NEEDS, Method, Parts, frozen, play
@@ -55,13 +68,14 @@ def test_every_turn_moves_the_player_it_names_and_no_other(name, path, predictio
 
 @table
 def test_the_exact_teacher_will_do(name, path, prediction):
-    """Any denoiser of the path can teach, whatever it predicts; a round with updates stays finite."""
+    """Any denoiser of the path can teach, whatever it predicts, if it has what the method needs; a round with updates
+    stays finite."""
     from truth.checks import make_path
 
     on = make_path(path, prediction)
-    teacher = mixture(on, prediction)
+    teacher, layers = mixture(on, prediction), small_net(on, prediction, "teacher").requires_grad_(False)
     parts = Parts(
-        teacher,
+        Layered(teacher, layers) if "features" in get_method(name).needs else teacher,
         small_net(on, prediction, "student"),
         lambda role: small_net(on, prediction, role),
         FewStep(on, on.grid(1)),
@@ -70,7 +84,7 @@ def test_the_exact_teacher_will_do(name, path, prediction):
         teacher.shape,
         inside(teacher),
     )
-    method = get_method(name)(parts)
+    method = get_method(name)(parts, **at_once(name))
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss (SiD: 100 x a sum) to infinity
     optimisers = {p: torch.optim.Adam(getattr(method, p).parameters(), 1e-3) for p in method.players}
 
@@ -94,8 +108,13 @@ def test_the_exact_teacher_will_do(name, path, prediction):
 def test_passes_are_true(name, guidance):
     """Network calls in units of batch rows. `passes` counts them with guidance on; without it there are fewer."""
     method, calls, size = build(name, guidance=guidance), Counter(), 8
+
+    def count(role, x, *_):
+        if isinstance(x, torch.Tensor):  # heads take features: they are no network call
+            calls.update({role: len(x)})
+
     for role, module in roles(method).items():
-        module.register_forward_pre_hook(lambda _, args, role=role: calls.update({role: len(args[0])}))
+        module.register_forward_pre_hook(lambda _, args, role=role: count(role, *args))
     list(method.step(batch(size=size), 0))
     counted = {role: rows / size for role, rows in calls.items()}
     if guidance > 1:
@@ -119,7 +138,7 @@ def test_claims_are_complete(name):
     assert about["players"] == list(cls.players) != []
     assert len(set(cls.players)) == len(cls.players)
     assert cls.players[0] in ("student", "generator")
-    assert set(cls.players) | {"teacher"} >= set(cls.passes)
+    assert {*cls.players, *cls.targets, "teacher"} >= set(cls.passes)
     assert all(isinstance(n, int) and n > 0 for n in cls.passes.values())
     assert cls.needs <= NEEDS.keys()
     assert cls.max_steps >= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,46 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from families import FAMILIES, pipeline_of
+from families import FAMILIES
+from onestroke.denoiser import Guided
 from onestroke.paths import Flow
 from onestroke.sampling import FewStep
 from onestroke.student import SeededNoise, Student, load_student, save_student
+from onestroke.teachers.dit import block_names
 from onestroke.teachers.pipeline import PipelineTeacher
 
 SEED = 40
 PROMPTS = ["a red square", "rain"]
 every = pytest.mark.parametrize("name", FAMILIES)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """Where the tiny pipeline of each family is, once it was asked for."""
-    return Folders(tmp_path_factory.mktemp("families"))
-
-
-class Folders(dict):
-    def __init__(self, root: Path):
-        self.root = root
-
-    def __missing__(self, name: str) -> Path:
-        pipeline_of(name).save_pretrained(self.root / name)
-        self[name] = self.root / name
-        return self[name]
-
-
-class Loaded(dict):
-    def __init__(self, folders: dict[str, Path]):
-        self.folders = folders
-
-    def __missing__(self, name: str) -> PipelineTeacher:
-        self[name] = PipelineTeacher.load(self.folders[name], size=FAMILIES[name].size)
-        return self[name]
-
-
-@pytest.fixture(scope="session")
-def teachers(folders) -> dict[str, PipelineTeacher]:
-    """The teacher of each family, loaded once it is asked for."""
-    return Loaded(folders)
 
 
 class PlainNoise(SeededNoise):
@@ -130,3 +100,67 @@ def test_a_student_of_several_steps_takes_its_own_times(name, steps, teachers):
     if isinstance(teacher.path, Flow):
         euler = FewStep(teacher.path, few.times, renoise="implied")
         check_parity(teacher, net, euler, teacher.student_pipeline(net, euler), True)
+
+
+@every
+def test_guidance_is_the_pipelines_own(name, teachers):
+    """One step of the plain pipeline under guidance is one step of the guided teacher: its null condition is theirs.
+
+    Lumina 2 and Qwen-Image scale the guided flow to the norm of the plain one: the one is asked not to, the other's
+    scale is undone.
+    """
+    teacher, scale = teachers[name], 3.0
+    few = FewStep(teacher.path, teacher.path.grid(1))
+    plain, noise = teacher.student_pipeline(teacher.net, few), SeededNoise(len(PROMPTS), SEED).normal(teacher.shape)
+    plain.set_progress_bar_config(disable=True)
+    cond = teacher.encode(PROMPTS)
+    with torch.no_grad():
+        guided = few.sample(Guided(teacher.net, scale, teacher.null), noise, cond)
+        unguided = few.sample(teacher.net, noise, cond)
+    call = {"num_inference_steps": 1, **teacher.caller.keywords(scale, len(PROMPTS))}
+    if name == "lumina2":
+        call["cfg_normalization"] = False
+    found = theirs(plain, call, "latent")
+    if name == "qwen-image":
+        packed = [teacher.call.pack(v) for v in (noise, unguided, guided)]
+        velocity = packed[0] - packed[2]
+        norm = (packed[0] - packed[1]).norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
+        guided = teacher.call.unpack(packed[0] - velocity * norm, teacher.shape)
+    found = found if teacher.call.order is None else teacher.call.unpack(found, teacher.shape)
+    assert (found - guided).abs().max() <= 1e-4 * guided.abs().max().clamp(min=1)
+    assert (guided - unguided).abs().max() > 1e-3, "guidance changes nothing"
+
+
+@every
+def test_features_are_those_of_the_picture(name, teachers):
+    """Channels first; of a transformer one feature per quarter, with a place per patch where text is kept apart."""
+    teacher = teachers[name]
+    with torch.no_grad():
+        x = torch.randn(2, *teacher.shape)
+        est = teacher.net(x, torch.full((2,), 0.5, dtype=torch.float64), teacher.encode(PROMPTS))
+    assert len(est.features) == len(teacher.net.taps)
+    middle = est.features[teacher.net.bottleneck]
+    if teacher.part == "unet":
+        assert middle.flatten(2).shape[2] == min(f.flatten(2).shape[2] for f in est.features)
+        return
+    depth = len(block_names(teacher.net.transformer))
+    assert len(est.features) == min(depth, 4)
+    places = teacher.shape[1] * teacher.shape[2] // (1 if name == "sana" else 4)
+    joint = name in ("lumina2", "z-image")
+    for feature in est.features:
+        assert feature.shape[:2] == middle.shape[:2]
+        assert (feature.shape[2] > places) if joint else (feature.shape[2] == places)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-guided", "z-image", "qwen-image"])
+def test_a_picture_depends_on_its_own_prompt_alone(name, teachers):
+    """Whatever stands beside it in the batch, and however long that is."""
+    teacher = teachers[name]
+    prompts = ["rain", "a very long prompt indeed of many words", ""]
+    noise, t = SeededNoise(3, 0).normal(teacher.shape), torch.full((1,), 0.7, dtype=torch.float64)
+    cond = teacher.encode(prompts)
+    with torch.no_grad():
+        together = teacher.net(noise, t.expand(3), cond).x0
+        for i in range(3):
+            alone = teacher.net(noise[i : i + 1], t, teacher.encode([prompts[i]])).x0
+            assert (together[i] - alone[0]).abs().max() <= 1e-5

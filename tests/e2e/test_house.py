@@ -34,6 +34,7 @@ PUBLIC = [
     "export",
     "load_student",
     "load_teacher",
+    "merge",
 ]
 COMMANDS = {
     "demo": ["--out"],
@@ -51,6 +52,7 @@ COMMANDS = {
     ],
     "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--out"],
     "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],
+    "merge": ["STUDENTS", "--out", "--weight"],
     "methods": ["--json", "--check", "--seconds", "--case"],
     "teachers": ["--json"],
 }

@@ -132,6 +132,13 @@ def test_the_gradient_is_that_of_the_picture(own, towered_folder, clip_folder):
     assert not reward.train().training
 
 
+def test_a_teacher_that_has_been_used_gives_its_tower_again(towered_folder):
+    teacher = PipelineTeacher.load(towered_folder)
+    before = load_reward("", teacher).encode(PROMPTS)
+    teacher.park()
+    assert torch.equal(load_reward("", teacher).encode(PROMPTS), before)
+
+
 def test_a_function_sees_pictures_and_their_prompts(pipeline_folder):
     teacher, seen = load_teacher(pipeline_folder), []
 

@@ -90,10 +90,13 @@ def fake_gan_is_softplus(cls, path, a, b, weight: float, **options):
 
 
 def steps_help(method: str, **settings) -> None:
-    """On a ring without labels, which one step cannot cut apart, two steps end nearer to the truth than one."""
+    """On a ring without labels, which one step cannot cut apart, two steps end nearer to the truth than one does.
+
+    150 rounds for each step to learn.
+    """
     labelled = ring(EDM())
     teacher = GaussianMixture(EDM(), labelled.means, labelled.std)
-    settings = {"steps": 200, "batch_size": 256, "seconds": 600, **settings}
-    one, two = (converge(method, teacher, student_steps=k, **settings) for k in (1, 2))
+    settings = {"batch_size": 256, "seconds": 600, **settings}
+    one, two = (converge(method, teacher, student_steps=k, steps=150 * k, **settings) for k in (1, 2))
     assert two.sliced_w2 < 0.8 * one.sliced_w2
-    assert two.sliced_w2 < 0.4 * two.start
+    assert two.sliced_w2 < 0.3 * two.start

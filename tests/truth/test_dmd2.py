@@ -57,7 +57,7 @@ def fake_gan(cls, name="edm"):
 
 def laws(cls):
     """The matching looks from 0.02 to 0.98, the fake everywhere."""
-    teacher, fake = vector_checks.seen(cls, EDM(), gan_weight=0.0)
+    _, teacher, fake = vector_checks.seen(cls, EDM(), gan_weight=0.0)
     (t,), (again, everywhere) = teacher.times, fake.times
     assert torch.equal(t, again)
     vector_checks.is_uniform(t, 0.02, 0.98)
@@ -186,7 +186,7 @@ def test_without_a_gan_prompts_are_enough():
 
 
 def test_two_steps_are_nearer_to_the_truth_than_one():
-    gan_checks.steps_help("dmd2", ttur=2)
+    gan_checks.steps_help("dmd2")
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------

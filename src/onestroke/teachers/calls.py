@@ -28,6 +28,7 @@ NAMES = {  # of the field, for the arguments of networks; other arguments keep t
     "text_embeds": "pooled",
     "encoder_attention_mask": "mask",
     "encoder_hidden_states_mask": "mask",
+    "guidance": "guidance",
 }
 PROBES = ["", "a red cat"]  # of different lengths, so that a mask shows
 
@@ -200,6 +201,7 @@ class Caller:
 
     def __init__(self, pipeline: Any, part: str, flow: bool, size: Sequence[int] | None = None):
         self.pipeline, self.part, self.flow, self.size = pipeline, part, flow, size
+        self.embedded = False  # whether the network reads the guidance scale
         self.options = set(inspect.signature(pipeline.__call__).parameters)
         self.unguided = {"true_cfg_scale": 1.0} if "true_cfg_scale" in self.options else {"guidance_scale": 1.0}
         self.two = self.listen(PROBES, steps=2, **UNSHIFTED)
@@ -213,7 +215,9 @@ class Caller:
         count: of the prompts, for pipelines that are guided only when they are given negative ones.
         """
         found: dict[str, Any] = {k: v + guidance_scale - 1 for k, v in self.unguided.items()}
-        if "true_cfg_scale" in found and guidance_scale != 1:
+        if self.embedded and guidance_scale != 1:
+            found = {**self.unguided, "guidance_scale": guidance_scale}
+        elif "true_cfg_scale" in found and guidance_scale != 1:
             found["negative_prompt"] = [""] * count
         if self.size:
             found |= {"height": self.size[0], "width": self.size[1]}
@@ -271,7 +275,9 @@ class Caller:
         if self.flow:  # the network answered with ones
             moved = (call.pack(x) if x.ndim == 4 and call.order is None else x).flatten() - two.latents.flatten()
             call.sign = float(moved.mean().sign())
-        return call, shape, self._null(call)
+        null = self._null(call)
+        self.embedded = "guidance" in call.rows.values()
+        return call, shape, null
 
     def _sort(self, call: Call, key: str, two: Any, four: Any) -> None:
         """Put one argument, heard with two prompts and with four, among the rows or the constants of the call."""

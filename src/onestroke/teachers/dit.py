@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from onestroke.denoiser import Denoiser, tapped
+from onestroke.denoiser import Denoiser, plain_attention, tapped
 from onestroke.paths import Flow, Prediction, Table
 from onestroke.teachers.calls import Call, clock
 
@@ -50,14 +47,3 @@ def block_names(net: nn.Module) -> list[str]:
 def tokens(outputs: Sequence[Tensor]) -> Tensor:
     """The image's tokens (B, L, C) in the output of a block as (B, C, L); a joint block returns (text, image)."""
     return outputs[-1].transpose(1, 2)
-
-
-@contextmanager
-def plain_attention(x: Tensor) -> Iterator[None]:
-    """Attention by matrix products on a CPU, whose fused kernel is slow backward, and under forward-mode derivatives,
-    which no fused kernel has."""
-    if x.device.type == "cpu" or unpack_dual(x).tangent is not None:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
-        yield

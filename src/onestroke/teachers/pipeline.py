@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -84,6 +84,7 @@ def inspect_folder(folder: Path) -> None:
     declared = read_json(index)
     name = declared.get("_class_name")
     cls = class_of(name, folder)
+    check_libraries(declared, folder)
     for part, parameter in parts_of(cls).items():
         if part == "self" or (part not in declared and parameter.default is not parameter.empty):
             continue
@@ -102,6 +103,16 @@ def inspect_folder(folder: Path) -> None:
             check_weights(folder / part)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     prediction_of(str(config.get("_class_name")), config, folder)
+
+
+def check_libraries(declared: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse a component whose class is in no library: diffusers would run code from the folder. Raises InputError."""
+    for part, entry in declared.items():
+        if isinstance(entry, (list, tuple)) and entry[0] is not None:
+            library, kind = entry
+            known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, library)
+            if not known:
+                raise InputError(f"{source}: {part!r} is a {kind} of {library}; code from a pipeline is never run.")
 
 
 def check_weights(folder: Path) -> None:
@@ -146,11 +157,13 @@ def load_encoder(source: str | Path, part: str, name: str) -> nn.Module:
     return model
 
 
-def load_encoders(source: str | Path, declared: dict[str, Any]) -> dict[str, nn.Module]:
-    """The transformers models that model_index.json declares."""
-    found = {}
+def load_encoders(source: str | Path, declared: Mapping[str, Any]) -> dict[str, nn.Module | None]:
+    """The transformers models that model_index.json declares; None for a component that it declares absent."""
+    found: dict[str, nn.Module | None] = {}
     for part, entry in declared.items():
-        if isinstance(entry, (list, tuple)) and entry[0] == "transformers" and not part.startswith(WEIGHTLESS):
+        if isinstance(entry, (list, tuple)) and entry[0] is None:
+            found[part] = None
+        elif isinstance(entry, (list, tuple)) and entry[0] == "transformers" and not part.startswith(WEIGHTLESS):
             found[part] = load_encoder(source, part, entry[1])
     return found
 
@@ -161,6 +174,7 @@ def read_pipeline(source: str | Path) -> Any:
         with no_bars():
             declared = DiffusionPipeline.load_config(source)
             class_of(declared.get("_class_name"), source)
+            check_libraries(declared, source)
             pipeline = DiffusionPipeline.from_pretrained(
                 source, use_safetensors=True, dtype=torch.float32, **load_encoders(source, declared)
             )
@@ -177,13 +191,6 @@ def read_pipeline(source: str | Path) -> Any:
     return pipeline
 
 
-def prepare(pipeline: Any) -> None:
-    """Plain attention for a UNet on a CPU: the fused kernel's backward takes half of a training step there, and it has
-    no forward-mode derivative."""
-    if pipeline.device.type == "cpu" and hasattr(pipeline, "unet"):
-        pipeline.unet.set_attn_processor(AttnProcessor())
-
-
 class PipelineTeacher:
     """A diffusers pipeline as a teacher: a denoiser on a path, prompts to conditions, latents to images.
 
@@ -194,6 +201,9 @@ class PipelineTeacher:
 
     def __init__(self, pipeline: Any, name: str, size: Sequence[int] | None = None, source: str | Path | None = None):
         self.pipeline, self.name, self.source, self.parked = pipeline, name, source, False
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.eval()
         self.part = next(part for part in NETWORKS if part in pipeline.components)
         config = dict(pipeline.scheduler.config)
         prediction = prediction_of(type(pipeline.scheduler).__name__, config, f"teacher {name!r}")
@@ -224,9 +234,7 @@ class PipelineTeacher:
         """From a folder or a hub id. Raises InputError as `load_teacher`."""
         if isinstance(source, Path):
             inspect_folder(source)
-        pipeline = read_pipeline(source)
-        prepare(pipeline)
-        return cls(pipeline, name or str(source), size, source)
+        return cls(read_pipeline(source), name or str(source), size, source)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -256,6 +264,7 @@ class PipelineTeacher:
     def park(self) -> None:
         """Let the text encoders leave memory. What needs them brings them back from where the pipeline was read."""
         if self.source is not None:
+            assert self.identity  # needs them
             for module in self.encoders.values():
                 module.to("meta")
             self.parked = True
@@ -274,33 +283,35 @@ class PipelineTeacher:
         """The unconditional condition, as long as the longest that was encoded."""
         return as_long_as(self._null, self._widest)
 
+    @cached_property
+    def identity(self) -> str:
+        """What conditions depend on beside the prompts: a digest of encoders, tokenizers and how they are called."""
+        return digest_of(
+            {k: m for k, m in self.components.items() if k.startswith(("text_encoder", "tokenizer"))},
+            pipeline=type(self.pipeline).__name__,
+            diffusers=diffusers.__version__,
+            network=dict(getattr(self.pipeline, self.part).config),
+            call=self.caller.keywords(),
+            size=self.size,
+        )
+
     @torch.no_grad()
     def encode(self, prompts: list[str], batch_size: int = 64) -> Cond:
         """Prompts -> (N, ...) each of what the network reads of them, as the pipeline itself calls it; every distinct
         prompt once."""
         self.restore()
         distinct = list(dict.fromkeys(prompts))
-        parts = [self._encode(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+        parts = [
+            self.caller.encode(self.call, distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)
+        ]
         found = {k: padded([row for part in parts for row in part[k]]) for k in parts[0]}
         return self._spread(found, distinct, prompts)
 
     def conditions(self, prompts: list[str]) -> Cond:
         """As `encode`, but kept on disk for the next run with the same prompts and encoders; on the CPU."""
         distinct = list(dict.fromkeys(prompts))
-        parts = {k: m for k, m in self.components.items() if k.startswith(("text_encoder", "tokenizer"))}
-        key = digest_of(
-            parts,
-            pipeline=type(self.pipeline).__name__,
-            diffusers=diffusers.__version__,
-            network=dict(getattr(self.pipeline, self.part).config),
-            call=self.caller.keywords(),
-            size=self.size,
-            prompts=distinct,
-        )
+        key = digest_of({}, teacher=self.identity, prompts=distinct)
         return self._spread(cached(key, lambda: dict(self.encode(distinct))), distinct, prompts)
-
-    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        return self.caller.encode(self.call, prompts)
 
     def _spread(self, found: dict[str, Tensor], distinct: list[str], prompts: list[str]) -> Cond:
         """The rows of the distinct prompts for all of them, as long as the null condition."""
@@ -342,7 +353,7 @@ class PipelineTeacher:
 
     def picture(self, x0: Tensor) -> Tensor:
         """`decode` with gradient."""
-        z = x0.to(self.pipeline.vae.dtype)
+        z = x0.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
         if self.call.order is not None:
             z = self.pipeline._unpack_latents(self.call.pack(z), *self.size, self.pipeline.vae_scale_factor)
         factor, shift = self._scaling(z)

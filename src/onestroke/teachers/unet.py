@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from onestroke.denoiser import Denoiser, tapped
+from onestroke.denoiser import Denoiser, plain_attention, tapped
 from onestroke.paths import Flow, Prediction, Table
 from onestroke.teachers.calls import Call, clock
 
@@ -27,6 +27,6 @@ class UNetDenoiser(Denoiser):
 
     def predict(self, x, t, cond):
         dtype = next(self.unet.parameters()).dtype
-        with tapped(self.unet, self.taps) as features:
+        with plain_attention(x), tapped(self.unet, self.taps) as features:
             out = self.unet(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
         return self.call.unpack(out, x.shape[1:]), tuple(features)

@@ -1,0 +1,140 @@
+"""Pairs of noise and what the teacher's solver makes of it: made once, kept on disk, read by every method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onestroke.errors import InputError, read_json
+from onestroke.method import Pairs, Parts
+from onestroke.paths import Cond
+from onestroke.progress import Progress
+from onestroke.settings import Settings
+from onestroke.solvers import solve
+
+INDEX = "pairs.json"
+SHARD = 1024
+"""Pairs per file."""
+
+
+def about_pairs(prompts_sha256: str, run: Settings) -> dict[str, Any]:
+    """What pairs depend on beside the teacher. pairs.json keeps it, and the hash of it all seeds their noise."""
+    asked = {k: getattr(run, k) for k in ("guidance_scale", "solver", "solver_steps", "seed")}
+    return {"prompts_sha256": prompts_sha256, **asked}
+
+
+def check_pairs(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse a folder whose pairs were made otherwise; one without pairs will do. Raises InputError."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give a folder of pairs, or a new one for them.")
+    if not (folder / INDEX).is_file():
+        return
+    found = read_json(folder / INDEX)
+    for key, value in about.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"{folder} holds other pairs: their {key} is {found.get(key)!r}, not {value!r}. "
+                "Set it to theirs, or give another --pairs."
+            )
+
+
+def fingerprint(parts: Parts) -> str:
+    """sha256 of the teacher: its weights, its path and its unconditional condition, which stands for the encoder."""
+    schedule = torch.stack(parts.path.ab(torch.linspace(parts.path.t_min, parts.path.t_max, 64, dtype=torch.float64)))
+    digest = hashlib.sha256()
+    for name, tensor in {"schedule": schedule, **dict(parts.null), **parts.teacher.state_dict()}.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_pairs(
+    parts: Parts, cond: Cond, about: Mapping[str, Any], folder: Path, count: int = 0, batch_size: int = 64
+) -> Pairs:
+    """`count` pairs (default: one per condition) of the guided teacher; pair i is of condition i modulo their number.
+
+    What `folder` lacks is made and kept there, each process its part, so that a run that was cut off continues. Raises
+    InputError for a folder of other pairs, of another teacher's, or with a broken file.
+    """
+    from accelerate import PartialState
+
+    made = {"teacher_sha256": fingerprint(parts), **about}
+    check_pairs(folder, about)
+    if (folder / INDEX).is_file() and read_json(folder / INDEX).get("teacher_sha256") != made["teacher_sha256"]:
+        raise InputError(f"{folder} holds the pairs of another teacher; give another --pairs.")
+    state, count = PartialState(), count or _length(cond)
+    shards = [range(i, min(i + SHARD, count)) for i in range(0, count, SHARD)]
+    missing = [i for i, rows in enumerate(shards) if _rows(folder, i) < len(rows)]
+    state.wait_for_everyone()  # all have looked
+    if state.is_main_process and not (folder / INDEX).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).write_text(json.dumps(made, indent=1) + "\n")
+    state.wait_for_everyone()
+    parts.teacher.to(state.device)
+    key = int(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12], 16)
+    mine = missing[state.process_index :: state.num_processes]
+    with Progress(sum(len(shards[i]) for i in mine), 1, not mine or not state.is_main_process, "making pairs") as bar:
+        for i in mine:
+            noise = torch.stack(
+                [torch.randn(parts.shape, generator=torch.Generator().manual_seed(key + row)) for row in shards[i]]
+            )
+            found = []
+            for start in range(0, len(noise), batch_size):
+                z = noise[start : start + batch_size].to(state.device)
+                chosen = torch.arange(shards[i][start], shards[i][start] + len(z)) % _length(cond)
+                found.append(_solved(parts, z, {k: v[chosen].to(z.device) for k, v in cond.items()}, about).cpu())
+                bar.show(sum(len(shards[j]) for j in mine if j < i) + start + len(z), {})
+            _write(_file(folder, i), {"noise": noise, "x0": torch.cat(found)})
+    state.wait_for_everyone()
+    read = [_read(_file(folder, i), len(rows), parts.shape) for i, rows in enumerate(shards)]
+    return Pairs(*(torch.cat(column) for column in zip(*read, strict=True)))
+
+
+def _length(cond: Cond) -> int:
+    return len(next(iter(cond.values())))
+
+
+def _solved(parts: Parts, noise: Tensor, cond: Cond, about: Mapping[str, Any]) -> Tensor:
+    return solve(parts.guide(parts.teacher), parts.path, noise, cond, about["solver_steps"], about["solver"])
+
+
+def _file(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.safetensors"
+
+
+def _rows(folder: Path, shard: int) -> int:
+    """How many pairs a file holds; 0 if there is none."""
+    if not _file(folder, shard).is_file():
+        return 0
+    try:
+        with safe_open(_file(folder, shard), framework="pt") as kept:
+            return kept.get_slice("noise").get_shape()[0]
+    except SafetensorError as error:
+        raise InputError(f"{_file(folder, shard)} is broken ({error}); delete it, and it is made again.") from None
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial)
+    os.replace(partial, file)
+
+
+def _read(file: Path, count: int, shape: tuple[int, ...]) -> Pairs:
+    try:
+        with safe_open(file, framework="pt") as kept:
+            pairs = Pairs(kept.get_tensor("noise")[:count], kept.get_tensor("x0")[:count])
+    except SafetensorError as error:
+        raise InputError(f"{file} is broken ({error}); delete it, and it is made again.") from None
+    for tensor in pairs:
+        if tensor.shape != (count, *shape):
+            raise InputError(f"{file} holds pairs of shape {tuple(tensor.shape[1:])}, not {shape}; delete it.")
+    return pairs

@@ -1,0 +1,144 @@
+"""Pairs on disk: made by the teacher's solver, read by every method, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import tiny_pipeline
+from e2e.test_cli import SMALL, UNET, check_refused, digest, onestroke  # noqa: F401
+from onestroke import load_teacher, pairs
+from onestroke.denoiser import Guided
+from onestroke.solvers import solve
+
+SOLVE = ("--set", "solver_steps=3", "--set", "guidance_scale=2", "--set", "pair_count=7")
+
+
+def words(teacher, prompts, out, method="kd", more=SOLVE):
+    return ["distill", teacher, "--method", method, "--prompts", prompts, "--out", out, *SMALL, *more]
+
+
+@pytest.fixture
+def run(onestroke, pipeline_folder, prompt_file, tmp_path, monkeypatch):  # noqa: F811
+    """A finished run of KD on 7 pairs of 6 prompts, 4 pairs to a file: (its folder, a caller of more)."""
+    monkeypatch.setattr(pairs, "SHARD", 4)
+    said = onestroke(*words(pipeline_folder, prompt_file, tmp_path / "run"))
+    assert (said.code, said.err) == (0, ""), said
+
+    def more(out, *given, teacher=pipeline_folder, prompts=prompt_file, **changes):
+        return onestroke(*words(teacher, prompts, tmp_path / out, **changes), *given)
+
+    return tmp_path / "run", more
+
+
+def read(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {k: torch.cat([load_file(f)[k] for f in files]) for k in ("noise", "x0")}
+
+
+def test_pairs_are_what_the_guided_solver_draws(run, pipeline_folder, prompt_file):
+    folder, _ = run
+    assert sorted(p.name for p in (folder / "pairs").iterdir()) == [
+        "00000.safetensors",
+        "00001.safetensors",
+        "pairs.json",
+    ]
+    about = json.loads((folder / "pairs" / "pairs.json").read_text())
+    assert (about["guidance_scale"], about["solver"], about["solver_steps"], about["seed"]) == (2.0, "dpm++2m", 3, 0)
+    assert about["prompts_sha256"] == json.loads((folder / "recipe.json").read_text())["prompts_sha256"]
+    found, teacher = read(folder / "pairs"), load_teacher(pipeline_folder)
+    assert found["noise"].shape == (7, 4, 4, 4)
+    assert len(found["noise"].flatten(1).unique(dim=0)) == 7
+    assert 0.8 < found["noise"].std() < 1.2
+    lines = prompt_file.read_text().split("\n")[:6]
+    guided = Guided(teacher.net, 2.0, teacher.null)
+    want = solve(guided, teacher.path, found["noise"], teacher.encode([*lines, lines[0]]), 3, "dpm++2m")
+    torch.testing.assert_close(found["x0"], want, rtol=1e-4, atol=1e-4)
+    before, after = load_file(pipeline_folder / UNET), load_file(folder / UNET)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_another_method_reads_them(run):
+    folder, more = run
+    before = digest(folder / "pairs")
+    said = more("second", "--pairs", folder / "pairs", method="rectified-flow")
+    assert (said.code, said.err) == (0, ""), said
+    assert digest(folder / "pairs") == before
+    assert not (folder.parent / "second" / "pairs").exists()
+
+
+def test_what_is_missing_is_made_again_to_the_bit(run):
+    folder, more = run
+    before = digest(folder / "pairs")
+    (folder / "pairs" / "00001.safetensors").unlink()
+    cut = folder.parent / "cut"  # as a run that was cut off while it made pairs leaves it
+    shutil.copytree(folder / "pairs", cut / "pairs")
+    assert more("cut").code == 0
+    assert digest(cut / "pairs") == before
+
+
+def test_more_pairs_keep_the_noise_of_those_there_were(run):
+    folder, more = run
+    before = read(folder / "pairs")
+    said = more("more", "--pairs", folder / "pairs", "--set", "pair_count=11")
+    assert said.code == 0
+    after = read(folder / "pairs")
+    assert len(after["noise"]) == 11
+    assert torch.equal(after["noise"][:7], before["noise"])
+    torch.testing.assert_close(after["x0"][:7], before["x0"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_reads_its_own(run):
+    folder, more = run
+    before = digest(folder / "pairs")
+    said = more("run", "--resume", "--steps", "4")
+    assert (said.code, said.err) == (0, ""), said
+    assert digest(folder / "pairs") == before
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--set", "guidance_scale=3"), "holds other pairs: their guidance_scale is 2.0, not 3.0"),
+        (("--set", "solver_steps=4"), "holds other pairs: their solver_steps is 3, not 4"),
+        (("--set", "solver=ddim"), "holds other pairs: their solver is 'dpm++2m', not 'ddim'"),
+        (("--seed", "1"), "holds other pairs: their seed is 0, not 1"),
+        (("--set", "solver=dim"), "unknown solver 'dim'. Did you mean 'ddim'"),
+    ],
+)
+def test_pairs_made_otherwise(run, given, says):
+    folder, more = run
+    check_refused(more("other", "--pairs", folder / "pairs", *given), says)
+    assert not (folder.parent / "other").exists()
+
+
+def test_pairs_of_another_teacher_or_other_prompts(run, tmp_path):
+    folder, more = run
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "teacher")
+    said = more("other", "--pairs", folder / "pairs", teacher=tmp_path / "teacher")
+    check_refused(said, "holds the pairs of another teacher; give another --pairs")
+    (tmp_path / "prompts").write_text("a fish\n")
+    said = more("other", "--pairs", folder / "pairs", prompts=tmp_path / "prompts")
+    check_refused(said, "holds other pairs: their prompts_sha256")
+
+
+def test_broken_pairs(run):
+    folder, more = run
+    file = folder / "pairs" / "00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50])
+    check_refused(more("other", "--pairs", folder / "pairs"), "00000.safetensors is broken", "delete it")
+    save_file({"noise": torch.zeros(4, 4, 4, 2), "x0": torch.zeros(4, 4, 4, 2)}, file)
+    check_refused(more("other", "--pairs", folder / "pairs"), "holds pairs of shape (4, 4, 2), not (4, 4, 4)")
+    (folder / "pairs" / "pairs.json").write_text("{")
+    check_refused(more("other", "--pairs", folder / "pairs"), "is not valid JSON")
+
+
+def test_pairs_that_nobody_needs(run, prompt_file):
+    _, more = run
+    check_refused(more("other", "--pairs", prompt_file.parent, method="swiftbrush", more=()), "needs no pairs")
+    check_refused(more("other", "--pairs", prompt_file), "is a file; give a folder of pairs")
