@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from onestroke.denoiser import plain_attention
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Method, Pairs, play
@@ -188,13 +189,18 @@ class Trainer:
             if key.rpartition(".")[0] in fresh:
                 value.zero_()
 
+    def backward(self, loss: Tensor) -> None:
+        """Backward with the attention of the forward pass: gradient checkpointing repeats that pass here."""
+        with plain_attention(loss):
+            self.accelerator.backward(loss)
+
     def advance(self, game: Iterator) -> Any:
         with self.accelerator.autocast():
             return next(game, None)
 
     def one_round(self, progress: float) -> dict[str, float]:
         self.factor = self.rate(progress)
-        kernel = (self.update, self.accelerator.backward, self.advance, self.renew)
+        kernel = (self.update, self.backward, self.advance, self.renew)
         log = play(self.method, self.batches(self.round), self.round, *kernel)
         values = {k: float(v) for k, v in log.items()}
         for name, value in values.items():

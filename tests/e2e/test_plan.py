@@ -1,0 +1,105 @@
+"""The planned memory is that of the run: the same rounds on real tensors hold the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onestroke.errors import InputError
+from onestroke.methods import get_method
+from onestroke.plan import hollow_teacher, parse_bytes, plan, played, switches, watched
+from onestroke.run import parts_of, plan_run
+from onestroke.teachers import load_teacher
+from onestroke.train import Data, Trainer
+
+SETTINGS = [
+    {"batch_size": 8},
+    {"batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}, "ema": 0.0},
+    {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
+]
+
+
+def lived(folder, method: str, **settings):
+    """The plan's figures of two rounds on real tensors."""
+    _, run, chosen = plan_run(str(folder), method, ["prompt"], {**settings, "log_with": "none"})
+    with watched() as memory:
+        teacher = load_teacher(folder)
+        null = teacher.null
+        teacher.pipeline.register_modules(**dict.fromkeys(teacher.encoders))
+        playing = get_method(method)(parts_of(teacher, run), **chosen)
+        rows = run.batch_size * run.accumulate
+        cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
+        trainer = Trainer(playing, Data(teacher.shape, cond), run)
+        trainer.data = Data(teacher.shape, {k: v[: run.batch_size] for k, v in cond.items()})
+        return played(trainer, run.accumulate, run.batch_size, memory)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", ["swiftbrush", "sid"])
+def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
+    """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
+    planned, real = plan(pipeline_folder, method, **settings), lived(pipeline_folder, method, **settings)
+    assert planned.peak == pytest.approx(real.peak, rel=0.1)
+    assert planned.roles == real.roles
+    assert planned.working == pytest.approx(real.working, rel=0.15)
+
+
+def test_what_each_role_holds(pipeline_folder):
+    """Weights, two moments and a step number per tensor; the student's average beside. LoRA holds adapters alone."""
+    net = load_teacher(pipeline_folder).net
+    weights, count = sum(4 * p.numel() for p in net.parameters()), len(list(net.parameters()))
+    found = plan(pipeline_folder, "swiftbrush", lora_rank={"*": 0})
+    assert found.roles == {"student": 4 * weights + 4 * count, "fake": 3 * weights + 4 * count}
+    small = plan(pipeline_folder, "swiftbrush", lora_rank={"*": 4})
+    assert small.roles["student"] < 0.5 * found.roles["student"]
+    assert small.frozen == pytest.approx(found.frozen, rel=0.02)
+    assert found.peak == found.frozen + sum(found.roles.values()) + found.working
+
+
+def test_nothing_is_loaded(pipeline_folder):
+    net = hollow_teacher(pipeline_folder).net
+    assert {type(p).__name__ for p in net.parameters()} <= {"FakeTensor", "Parameter"}
+    with pytest.raises(RuntimeError):
+        next(net.parameters()).numpy()
+
+
+def test_the_cheapest_switches_that_fit(pipeline_folder):
+    settings = {"batch_size": 8, "lora_rank": {"*": 0}}
+    peak = plan(pipeline_folder, "swiftbrush", **settings).peak
+    chosen, found = switches(pipeline_folder, "swiftbrush", peak, **settings)
+    assert (chosen, found.peak) == ([], peak)
+    chosen, found = switches(pipeline_folder, "swiftbrush", peak // 2, **settings)
+    assert chosen
+    assert found.peak <= peak // 2
+    assert switches(pipeline_folder, "swiftbrush", 1000, **settings) is None
+
+
+def test_on_the_command_line(onestroke, pipeline_folder):
+    words = ("plan", pipeline_folder, "--method", "swiftbrush", "--batch-size", 2)
+    said = onestroke(*words, "--memory", "24GiB")
+    assert said.code == 0, said
+    assert "fits into 24GiB" in said.out
+    assert "no set of switches" in onestroke(*words, "--memory", "1kB").out
+    assert onestroke(*words, "--memory", "much").code == 2
+    wrong = onestroke(*words, "--resolution", 17)
+    assert wrong.code == 2
+    assert wrong.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1_500_000_000), ("800mib", 800 * 2**20)])
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "1TiBx"])
+def test_sizes_refused(text):
+    with pytest.raises(InputError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_the_default_device_is_left_alone():
+    with watched() as memory:
+        torch.zeros(1000)
+        kept = torch.zeros(500)
+    assert (memory.now, memory.peak) == (2000, 4000)
+    del kept
