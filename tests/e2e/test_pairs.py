@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_pipeline
-from e2e.test_cli import SMALL, UNET, check_refused, digest, onestroke  # noqa: F401
+from e2e.test_cli import SMALL, UNET, check_refused, digest
 from onestroke import load_teacher, pairs
 from onestroke.denoiser import Guided
 from onestroke.solvers import solve
