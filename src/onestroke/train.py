@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
-from onestroke.method import Batch, Method, Pairs, play
+from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
 from onestroke.paths import Cond
 from onestroke.progress import Progress
 from onestroke.settings import Settings
@@ -173,15 +172,17 @@ class Trainer:
         if self.average and player == self.method.players[0]:
             self.average.update()
 
-    def advance(self, game: Iterator) -> Any:
+    def advance(self, game: Game, answer: Tensor | None) -> Turn | Mean | None:
         with self.accelerator.autocast():
-            return next(game, None)
+            return advance(game, answer)
+
+    def share(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "mean")
 
     def one_round(self, progress: float) -> dict[str, float]:
         self.factor = self.rate(progress)
-        log = play(
-            self.method, self.batches(self.round), self.round, self.update, self.accelerator.backward, self.advance
-        )
+        batches, backward = self.batches(self.round), self.accelerator.backward
+        log = play(self.method, batches, self.round, self.update, backward, self.advance, self.share)
         values = {k: float(v) for k, v in log.items()}
         for name, value in values.items():
             if not math.isfinite(value):
