@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -55,6 +55,19 @@ class Turn(NamedTuple):
     player: str
     terms: dict[str, Tensor]
     fresh: Mapping[str, Tensor] = {}
+
+
+class Mean(NamedTuple):
+    """A question to the whole batch: `yield Mean(v)` is the mean of v over all micro-batches and processes.
+
+    v is a mean or a sum over this micro-batch, of any shape; it is taken without gradient.
+    """
+
+    value: Tensor
+
+
+Game = Generator[Turn | Mean, Tensor | None, None]
+"""One round of one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +178,8 @@ class Method(nn.Module, ABC):
         return cls.needs
 
     @abstractmethod
-    def step(self, batch: Batch, step: int) -> Iterator[Turn]:
-        """One round. The weights HAVE moved when the generator resumes after a yield."""
+    def step(self, batch: Batch, step: int) -> Game:
+        """One round. The weights HAVE moved when the generator resumes after the yield of a Turn."""
 
 
 _scope: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> how many frozen() blocks of this game hold it
@@ -219,32 +232,47 @@ def playing(scope: WeakIdKeyDictionary) -> Iterator[None]:
         _scope = outer
 
 
+def advance(game: Game, answer: Tensor | None = None) -> Turn | Mean | None:
+    """What the game yields next, given the answer to its last question; None at its end."""
+    try:
+        return game.send(answer)
+    except StopIteration:
+        return None
+
+
 def play(
     method: Method,
     batches: Sequence[Batch],
     step: int,
     update: Callable[[str], None],
     backward: Callable[[Tensor], None] = Tensor.backward,
-    advance: Callable[[Iterator[Turn]], Turn | None] = lambda game: next(game, None),
+    advance: Callable[[Game, Tensor | None], Turn | Mean | None] = advance,
     renew: Callable[[str, Mapping[str, Tensor]], None] | None = None,
+    share: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, Tensor]:
     """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
 
     Calls `update(player)` once per turn, after the backward of all micro-batches, and `renew(player, fresh)` after it
-    where the turn asks for it; without `renew` the values alone are set. Returns the mean of every term as
-    "player/term", detached.
+    where the turn asks for it; without `renew` the values alone are set. `share(value)` is the mean of a value over the
+    processes. Returns the mean of every term as "player/term", detached.
     """
     games = [method.step(batch, step) for batch in batches]
     scopes = [WeakIdKeyDictionary() for _ in games]
     log: dict[str, Tensor] = {}
+    answer: Tensor | None = None
     while True:
-        turns = []
+        turns, questions = [], []
         for game, scope in zip(games, scopes, strict=True):
             with playing(scope):
-                turn = advance(game)
-                if turn is not None:
-                    backward(torch.stack(list(turn.terms.values())).sum() / len(games))
-                    turns.append(turn)
+                found = advance(game, answer)
+                if isinstance(found, Mean):
+                    questions.append(found.value.detach())
+                elif found is not None:
+                    backward(torch.stack(list(found.terms.values())).sum() / len(games))
+                    turns.append(found)
+        answer = share(torch.stack(questions).mean(0)) if questions else None
+        if questions:
+            continue
         if not turns:
             return log
         (player,) = {turn.player for turn in turns}

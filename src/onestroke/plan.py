@@ -113,7 +113,8 @@ def played(trainer: Trainer, batches: int, size: int, memory: Memory, rounds: in
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
             micro.append(Batch(draw.normal(data.shape), data.cond, draw, data.x0, data.pairs))
-        play(trainer.method, micro, step, trainer.update, trainer.backward, trainer.advance)
+        kernel = (trainer.update, trainer.backward, trainer.advance, trainer.renew, trainer.share)
+        play(trainer.method, micro, step, *kernel)
     return Plan(memory.peak, frozen, {p: holds(trainer, p) for p in trainer.method.players})
 
 

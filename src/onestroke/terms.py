@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from onestroke.draws import Draws
 from onestroke.errors import unknown
+from onestroke.method import Mean
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
 Reduce = Literal["mean", "sum"]
@@ -150,3 +151,38 @@ def sim(x: Tensor, real: Tensor, fake: Tensor, c: float, weight: Tensor) -> Tens
     y = (fake - real).flatten(1)
     slope = y / (y.square().sum(1, keepdim=True) + c**2 * y.shape[1]).sqrt()
     return -(weight.to(x) * (slope * (fake - x).flatten(1)).sum(1)).mean()
+
+
+DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rkl": torch.ones_like,
+    "fkl": lambda r: r,
+    "jeffreys": lambda r: 1 + r,
+    "js": lambda r: r / (1 + r),
+    "hellinger": lambda r: r.sqrt() / 2,
+    "soft-rkl": lambda r: 1 / (1 + r),
+    "neyman": lambda r: 2 / r,
+    "pearson": lambda r: 2 * r**2,
+}
+"""h(r) = r^2 f''(r) at the ratio r = p / q of teacher to student, for the divergence E_q f(r): what its gradient weighs
+the score difference by (f-distill, arXiv 2502.15681). f: -log r, r log r, (r - 1) log r, r log r - (r + 1) log((r + 1)
+/ 2), (1 - sqrt r)^2, (r + 1) log((r + 1) / r), (1 - r)^2 / r and (r - 1)^2."""
+
+
+def checked_divergence(name: str) -> str:
+    """`name`, which must be in DIVERGENCES. Raises InputError otherwise."""
+    if name not in DIVERGENCES:
+        raise unknown("divergence", name, DIVERGENCES)
+    return name
+
+
+def ratio(logits: Tensor) -> Tensor:
+    """(B,) p / q as a critic's logits (B, N) say it, clipped to [0.1, 20]; without gradient."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.detach().to(wide).mean(1).exp().clamp(0.1, 20)
+
+
+def level(ratio: Tensor, t: Tensor, bins: int = 10) -> Generator[Mean, Tensor, Tensor]:
+    """The ratios (B,) over their mean in each tenth of unit time t (B,), of the whole batch."""
+    slot = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).to(ratio)
+    total, count = yield Mean(torch.stack([ratio @ slot, slot.sum(0)]))
+    return ratio / (slot @ (total / count.clamp_min(torch.finfo(count.dtype).tiny)))

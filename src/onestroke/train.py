@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from onestroke.denoiser import plain_attention
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
-from onestroke.method import Batch, Method, Pairs, play
+from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
 from onestroke.paths import Cond
 from onestroke.progress import Progress
 from onestroke.settings import Settings
@@ -194,13 +194,16 @@ class Trainer:
         with plain_attention(loss):
             self.accelerator.backward(loss)
 
-    def advance(self, game: Iterator) -> Any:
+    def advance(self, game: Game, answer: Tensor | None) -> Turn | Mean | None:
         with self.accelerator.autocast():
-            return next(game, None)
+            return advance(game, answer)
+
+    def share(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "mean")
 
     def one_round(self, progress: float) -> dict[str, float]:
         self.factor = self.rate(progress)
-        kernel = (self.update, self.backward, self.advance, self.renew)
+        kernel = (self.update, self.backward, self.advance, self.renew, self.share)
         log = play(self.method, self.batches(self.round), self.round, *kernel)
         values = {k: float(v) for k, v in log.items()}
         for name, value in values.items():

@@ -31,6 +31,7 @@ from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.train import Trainer
 from onestroke.truth import converge, inside, ring
+from truth.checks import turns_of
 
 every = pytest.mark.parametrize("name", METHODS)
 table = pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def roles(method: Method) -> dict[str, torch.nn.Module]:
 def test_every_turn_moves_the_player_it_names_and_no_other(name, path, prediction):
     method = build(name, path, prediction)
     before, played = state(method.teacher), Counter()
-    for turn in method.step(batch(path), 0):
+    for turn in turns_of(method, batch(path)):
         total = sum(turn.terms.values())
         assert total.shape == ()
         assert torch.isfinite(total)
@@ -115,7 +116,7 @@ def test_passes_are_true(name, guidance):
 
     for role, module in roles(method).items():
         module.register_forward_pre_hook(lambda _, args, role=role: count(role, *args))
-    list(method.step(batch(size=size), 0))
+    list(turns_of(method, batch(size=size)))
     counted = {role: rows / size for role, rows in calls.items()}
     if guidance > 1:
         assert counted == dict(method.passes)
@@ -228,10 +229,10 @@ def test_a_round_reads_only_its_own_draws(name):
     method = build(name)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = [sum(turn.terms.values()).item() for turn in method.step(batch(), 0)]
+    one = [sum(turn.terms.values()).item() for turn in turns_of(method, batch())]
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert [sum(turn.terms.values()).item() for turn in method.step(batch(), 0)] == one
+    assert [sum(turn.terms.values()).item() for turn in turns_of(method, batch())] == one
 
 
 @every
@@ -242,7 +243,7 @@ def test_all_ranks_make_the_same_draws(name):
         for offset in (0, 8):
             draw = Draws(0, step, 8, offset, 16)
             micro = data().batch(draw, torch.device("cpu"))
-            turns = [turn.player for turn in build(name).step(micro, step)]
+            turns = [turn.player for turn in turns_of(build(name), micro, step)]
             counts.add((draw.calls, tuple(turns)))
         assert len(counts) == 1
 
@@ -294,6 +295,6 @@ def test_frozen_lets_gradient_through_to_the_input():
 def test_play_updates_once_per_turn_after_all_micro_batches(name):
     method, order = build(name), []
     log = play(method, [batch(step=0), batch(step=1)], 0, order.append, lambda loss: order.append("backward"))
-    turns = [turn.player for turn in method.step(batch(), 0)]
+    turns = [turn.player for turn in turns_of(method, batch())]
     assert order == [entry for player in turns for entry in ("backward", "backward", player)]
     assert all(value.grad_fn is None for value in log.values())

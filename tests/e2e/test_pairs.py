@@ -23,7 +23,7 @@ def words(teacher, prompts, out, method="kd", more=SOLVE):
 
 
 @pytest.fixture
-def run(onestroke, pipeline_folder, prompt_file, tmp_path, monkeypatch):  # noqa: F811
+def run(onestroke, pipeline_folder, prompt_file, tmp_path, monkeypatch):
     """A finished run of KD on 7 pairs of 6 prompts, 4 pairs to a file: (its folder, a caller of more)."""
     monkeypatch.setattr(pairs, "SHARD", 4)
     said = onestroke(*words(pipeline_folder, prompt_file, tmp_path / "run"))

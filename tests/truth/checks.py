@@ -16,7 +16,7 @@ from torch import nn
 
 from onestroke import paths
 from onestroke.draws import Draws
-from onestroke.method import Batch, Parts
+from onestroke.method import Batch, Mean, Parts, Turn, advance
 from onestroke.paths import PREDICTIONS, Estimate
 from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
@@ -164,6 +164,15 @@ def labels(count: int, label: int = -1) -> dict[str, torch.Tensor]:
 
 def close(got, want, rtol=1e-9, atol=1e-12):
     torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=rtol, atol=atol)
+
+
+def turns_of(method, batch, step: int = 0):
+    """The turns of one micro-batch that is the whole batch: its means are its own. No weight moves in between."""
+    game, answer = method.step(batch, step), None
+    while (found := advance(game, answer)) is not None:
+        answer = found.value.detach() if isinstance(found, Mean) else None
+        if isinstance(found, Turn):
+            yield found
 
 
 # ---- SwiftBrush ----------------------------------------------------------------------------------------------

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from onestroke import terms, times
-from onestroke.method import Batch, Method, Parts, Turn, frozen
-from onestroke.paths import like
+from onestroke.method import Batch, Mean, Method, Parts, Turn, frozen
+from onestroke.paths import Estimate, like
 
 
 class DMD2(Method):
@@ -69,6 +69,11 @@ class DMD2(Method):
         t = times.uniform(batch.draw, self.path)
         return self.fake(self.path.mix(x, batch.draw.normal(x), t), t, batch.cond).features[0]
 
+    def weight(self, x: Tensor, real: Estimate, fake: Estimate, t: Tensor) -> Generator[Mean, Tensor, Tensor]:
+        """(B,) of the score difference at t (B,): a generator, for divergences that must know of the whole batch."""
+        yield from ()
+        return terms.gap_weight(x, real.x0)
+
     def step(self, batch: Batch, step: int):
         cond, draw = batch.cond, batch.draw
         k, moves = int(draw.shared() * len(self.few.times)), step % self.ttur == 0
@@ -79,7 +84,8 @@ class DMD2(Method):
             xt = self.path.mix(x, draw.normal(x), t)
             with torch.no_grad():
                 real, fake = self.guide(self.teacher)(xt, t, cond), self.fake(xt, t, cond)
-            loss = {"dm": terms.descend(x, like(terms.gap_weight(x, real.x0), x) * (fake.x0 - real.x0))}
+            weight = yield from self.weight(x, real, fake, t)
+            loss = {"dm": terms.descend(x, like(weight, x) * (fake.x0 - real.x0))}
             with frozen(self.fake):
                 if self.gan_weight:
                     loss["gan"] = self.gan_weight * terms.gan_student(self.logits(x, batch))

@@ -11,7 +11,7 @@ from torch.nn.utils import vector_to_parameters
 
 from onestroke.denoiser import clone_live, numbers
 from onestroke.errors import InputError
-from onestroke.method import Batch, Method, Parts
+from onestroke.method import Batch, Method, Parts, Turn, advance
 from onestroke.methods import get_method
 
 
@@ -71,10 +71,10 @@ class DisBack(Method):
     def step(self, batch: Batch, step: int):
         (base,) = self.base
         base.student, base.fake, base.teacher = self.student, self.fake, self.teacher_at(step)
-        recording = step < self.prelude
-        for turn in base.step(batch, step):
-            if not (recording and turn.player == "student"):
-                yield turn
+        recording, game, answer = step < self.prelude, base.step(batch, step), None
+        while (found := advance(game, answer)) is not None:
+            skipped = recording and isinstance(found, Turn) and found.player == "student"
+            answer = None if skipped else (yield found)
         if recording and (step + 1) % self.record == 0:
             with torch.no_grad():
                 self.trail[step // self.record].copy_(numbers(self.fake))
