@@ -66,7 +66,7 @@ class Pool(nn.Module):
     def fresh(self, head: int, share: float) -> dict[str, Tensor]:
         """Weights of a new head in place of number `head` of all, by name; `share` in [0, 1) chooses them."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(share * 2**53))
+            torch.default_generator.manual_seed(int(share * 2**32))  # of a seed it reads 32 bits
             new = Head(self.channels[head % self.layers], self.width)
         return {f"heads.{head}.{name}": value for name, value in new.state_dict().items()}
 

@@ -61,7 +61,10 @@ def samples(count: int = 8):
 def play(method, z, x0, normals):
     """The terms of every turn of one round, by player, all times being T; no weight moves."""
     with at(T):
-        return {turn.player: turn.terms for turn in method.step(Batch(z, labels(len(z)), Given(*normals), x0), 0)}
+        return {
+            turn.player: turn.terms
+            for turn in method.step(Batch(z, labels(len(z)), Given(*normals, shared=0.0), x0), 0)
+        }
 
 
 def grads(total, *wrt):
@@ -82,7 +85,7 @@ def student_descends_the_logit(cls, path, a, b, term: str = "gan", **options):
     student = Free(MU + S * z)
     method = made(cls, path, student, **options)
     with at(T):
-        game = method.step(Batch(z, labels(len(z)), Given(*normals), x0), 0)
+        game = method.step(Batch(z, labels(len(z)), Given(*normals, shared=0.0), x0), 0)
         turn = next(game)
         assert turn.player == "student"
         (got,) = grads(turn.terms[term], student.x)
