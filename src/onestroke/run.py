@@ -109,7 +109,7 @@ def plan_run(
 def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
     """Refuse a partition that cannot be; `more`, that pictures or pairs were given. Raises InputError."""
     if more:
-        raise InputError(f"students={run.students} learn from --prompts alone, not from images or pairs that are given.")
+        raise InputError(f"students={run.students} learn from --prompts alone; leave images and pairs out.")
     if owners is not None and run.students != max(owners) + 1:
         raise InputError(f"students={run.students}, and there are {max(owners) + 1} prompt files; leave students out.")
     if (known := len(set(prompts))) < run.students:
