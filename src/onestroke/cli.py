@@ -48,7 +48,9 @@ def distill(
     teacher: Annotated[str, typer.Argument(help="Built-in name, pipeline folder or hub id.")],
     method: Annotated[str, typer.Option(help="See `onestroke methods`.")],
     out: Annotated[Path, typer.Option(help="Empty folder for the student and its checkpoints.")],
-    prompts: Annotated[Path | None, typer.Option(help="UTF-8 text, one prompt per line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="UTF-8 text, one prompt per line; or a folder of such files.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Or a folder of pictures with captions, the prompts.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rounds of the method.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,

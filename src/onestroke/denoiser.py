@@ -110,6 +110,28 @@ def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
     return {k: torch.where(rows.reshape(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
 
 
+class Routed(nn.Module):
+    """Several denoisers of one path as one: every row is asked of the one whose number (B,) `router` gives it.
+
+    So that the parts of a condition space may each have a network of their own (arXiv 2410.23274).
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], router: Callable[[Cond], Tensor]):
+        super().__init__()
+        self.nets, self.router, self.path = nn.ModuleList(nets), router, nets[0].path
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
+        owner = self.router(cond)
+        rows = [(owner == k).nonzero().flatten() for k in range(len(self.nets))]
+        asked = [
+            net(x[i], t[i], {k: v[i] for k, v in cond.items()})
+            for net, i in zip(self.nets, rows, strict=True)
+            if len(i)
+        ]
+        back = torch.cat(rows).argsort()
+        return Estimate(torch.cat([e.x0 for e in asked])[back], torch.cat([e.eps for e in asked])[back])
+
+
 class OnPath(nn.Module):
     """A denoiser read at the points of another path, by matching the signal-to-noise ratio. Exact."""
 

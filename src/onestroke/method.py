@@ -142,13 +142,13 @@ class Method(nn.Module, ABC):
 
     The class attributes are claims; the contract tests check them. Options are the keyword arguments of __init__.
 
+    What a method remembers from round to round is a buffer of its own: checkpoints keep it.
+
     Seven rules. (1) One generator: no optimiser, backward, device, rank or logging in it. (2) A player is called only
     as self.<player>(...), never a submodule of it. (3) To differentiate through a module without training it: `with
     frozen(m):`, the yield inside. (4) Control flow depends on `step` and `batch.draw.shared()` only; random numbers
     come from `batch.draw` only. (5) After a yield the weights have moved. (6) Hyper-parameters are keyword arguments
     with the paper's default. (7) `players`, `needs` and `passes` are true.
-
-    What a method remembers from round to round is a buffer of its own: checkpoints keep it.
     """
 
     players: ClassVar[tuple[str, ...]]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,22 @@ def read_prompts(source: str | Path | list[str]) -> list[str]:
     return prompts
 
 
+def read_shares(folder: Path) -> tuple[list[str], list[int]]:
+    """The prompts of a folder of prompt files, and the number of the file of each: every file is a student's share.
+
+    Raises InputError for fewer than two files, and for a prompt in two of them.
+    """
+    files = sorted(folder.glob("*.txt"))
+    if len(files) < 2:
+        raise InputError(f"{folder} holds {len(files)} prompt files (*.txt); give one per student, two or more.")
+    found: dict[str, int] = {}
+    for k, file in enumerate(files):
+        for line in read_prompts(file):
+            if found.setdefault(line, k) != k:
+                raise InputError(f"{line!r} stands in {files[found[line]].name} and in {file.name}; leave one out.")
+    return list(found), list(found.values())
+
+
 def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
     """The shipped settings of a method on a built-in teacher; empty for others."""
     path = RECIPES / teacher / f"{method}.json"
@@ -87,6 +104,16 @@ def plan_run(
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
+    """Refuse a partition that cannot be; `more`, that pictures or pairs were given. Raises InputError."""
+    if more:
+        raise InputError(f"students={run.students} learn from --prompts alone; leave images and pairs out.")
+    if owners is not None and run.students != max(owners) + 1:
+        raise InputError(f"students={run.students}, and there are {max(owners) + 1} prompt files; leave students out.")
+    if (known := len(set(prompts))) < run.students:
+        raise InputError(f"{known} distinct prompts are too few for students={run.students}.")
 
 
 def check_empty(out: Path, hint: str = "", besides: str = "") -> None:
@@ -145,7 +172,8 @@ def distill(
     """Distil `teacher` into a one- or few-step student by `method`, and write it to `out` as a diffusers pipeline.
 
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
-    one prompt per line, or a list. images, instead: a folder of pictures with captions, which are then the prompts (see
+    one prompt per line, a list, or a folder of such files, each of which gets a student of its own (see
+    `onestroke.several`). images, instead: a folder of pictures with captions, which are then the prompts (see
     `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, for the methods that need them;
     what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need one: "clip:<folder or hub
     id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by
@@ -162,7 +190,14 @@ def distill(
     if (prompts is None) == (images is None):
         raise InputError("give either --prompts, or --images, whose captions are the prompts.")
     pictures = None if images is None else read_images(images)
-    lines = read_prompts(prompts or []) if pictures is None else pictures.captions
+    owners: list[int] | None = None
+    if pictures is not None:
+        lines = pictures.captions
+    elif isinstance(prompts, (str, Path)) and Path(prompts).is_dir():
+        lines, owners = read_shares(Path(prompts))
+        settings = {"students": max(owners) + 1, **settings}
+    else:
+        lines = read_prompts(prompts or [])
     judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
     given = settings | ({"reward": judged} if judged else {})
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
@@ -176,6 +211,8 @@ def distill(
         inspect_folder(source)
     if "reward" in needs:
         check_reward(reward or run.reward, source)
+    if run.students > 1 or owners is not None:
+        check_several(run, lines, owners, pictures is not None or pairs is not None)
     check_folder(out, recipe, resume)
 
     from onestroke.exports import finish_student
@@ -190,6 +227,11 @@ def distill(
         teacher = load_teacher(teacher, run.size)
     elif run.size not in (None, teacher.size):
         raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")
+    if run.students > 1:
+        from onestroke.several import distill_several
+
+        each = partial(distill, method=method, reward=reward, **settings | {"students": 1})
+        return distill_several(teacher, lines, owners, run, recipe, out, resume, each)
     cond = teacher.conditions(lines)
     null, judge, x0 = teacher.null, None, None
     if "reward" in needs:

@@ -33,6 +33,9 @@ class Settings:
     width: int = 0
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
+    students: int = 1
+    """Students on as many clusters of the prompts, each a run of its own, and a router between them; a folder of prompt
+    files gives every file a student."""
     reward: str = ""
     """Of the methods that need one: "clip:<folder or hub id>"; empty: the teacher's own pair of towers."""
     pair_count: int = 0
@@ -67,7 +70,7 @@ class Settings:
     """An accelerate tracker, or "none"."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "student_steps", "solver_steps", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "student_steps", "students", "solver_steps", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"setting {name}={getattr(self, name)} must be at least 1.")
         for name in ("seed", "pair_count", "warmup", "weight_decay", "clip", "guidance_scale"):

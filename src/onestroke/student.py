@@ -21,6 +21,7 @@ from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
 
 CARD = "onestroke.json"
 LORA = "lora"  # the folder of a student's adapters, in its own
+ROUTER = "router.safetensors"  # of several students
 
 
 class SeededNoise:
@@ -92,6 +93,7 @@ class Student:
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
+        self.model.net.to(device)  # more than the pipeline's own, where several students are one
         return self
 
     @torch.no_grad()
@@ -126,6 +128,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is a teacher, not a student; use load_teacher.")
     if (kind := card.get("format", "diffusers")) != "diffusers":
         raise InputError(f"{folder} is a student exported to {kind}; give the student that it was exported from.")
+    if (count := card.get("students", 1)) > 1:
+        raise InputError(f"{folder} holds {count} students and a router; give one of them, {folder / 'student-0'}.")
     inspect_folder(folder)
     return card
 
@@ -144,6 +148,10 @@ def load_student(
     the same latents (for Stable Diffusion, madebyollin/taesd), which draws in a fraction of the time and less finely.
     """
     folder = Path(folder)
+    if (folder / ROUTER).is_file():
+        from onestroke.several import load_several
+
+        return load_several(folder, compile=compile, channels_last=channels_last, tiny_decoder=tiny_decoder)
     card = read_card(folder)
     model = PipelineTeacher.load(folder, size=card.get("size"))
     if tiny_decoder is not None:

@@ -175,16 +175,16 @@ def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: 
 def inside(teacher: GaussianMixture) -> Reward:
     """Zero where a class has its samples, falling off outside: minus half the squared distance to where it is zero.
 
-    In deviations of the nearest component, from sqrt(D) + 3 on, which one true sample in ten thousand exceeds. The
-    truth maximises this reward, so that it stays the optimum of a method whatever weight the reward has there.
+    That is within sqrt(D) + 3 deviations of a component, which one true sample in ten thousand is not. The truth
+    maximises this reward, so that it stays the optimum of a method whatever weight the reward has there.
     """
-    radius = teacher.shape[0] ** 0.5 + 3
+    radius, size = teacher.shape[0] ** 0.5 + 3, teacher.std.square().mean(1).sqrt()
 
     def reward(x0: Tensor, cond: Cond) -> Tensor:
         label = cond["label"][:, None]
         away = ((x0[:, None] - teacher.means) / teacher.std).square().sum(-1)
-        away = away.masked_fill((label >= 0) & (label != teacher.labels), torch.inf).amin(1)
-        return -(away.clamp_min(radius**2).sqrt() - radius).square() / 2
+        outside = (away.clamp_min(radius**2).sqrt() - radius) * size
+        return -outside.masked_fill((label >= 0) & (label != teacher.labels), torch.inf).amin(1).square() / 2
 
     return reward
 

@@ -47,6 +47,7 @@ COMMANDS = {
         "--steps",
         "--batch-size",
         "--set",
+        "--pairs",
         "--seed",
         "--resume",
     ],

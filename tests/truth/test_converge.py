@@ -11,7 +11,8 @@ import torch
 from onestroke.errors import InputError
 from onestroke.paths import VP, Flow
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.truth import converge, fit, ring, sliced_w2
+from onestroke.truth import converge, fit, inside, ring, sliced_w2
+from truth.checks import tensor
 
 
 @pytest.mark.parametrize(("path", "prediction"), [(VP(), "v"), (Flow(t_max=0.999), "flow")], ids=["vp", "flow"])
@@ -69,6 +70,25 @@ def test_what_cannot_run_is_refused_at_once(method, settings, said):
     with pytest.raises(InputError) as error:
         converge(method, ring(VP()), seconds=1000, **settings)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8])
+def test_the_reward_is_constant_on_the_truth(dim):
+    """One sample in ten thousand at most has another; outside it is half the squared distance, and pulls back."""
+    means, generator = 5 * torch.eye(dim + 1, dim, dtype=torch.float64), torch.Generator().manual_seed(0)
+    teacher = GaussianMixture(VP(), means, 0.3, labels=torch.arange(dim + 1) // 2)
+    reward, label = inside(teacher), torch.randint(0, dim // 2 + 1, (200_000,), generator=generator)
+    assert (reward(teacher.sample(label, generator), {"label": label}) != 0).double().mean() < 1e-4
+    radius, way = 0.3 * (dim**0.5 + 3), torch.zeros(dim, dtype=torch.float64)
+    way[-1] = -1.0
+    x = (means[0] + way * (radius + tensor(-0.1, 0.0, 0.2, 0.5))[:, None]).requires_grad_(True)
+    got = reward(x, {"label": torch.zeros(4, dtype=torch.int64)})
+    torch.testing.assert_close(got, -tensor(0.0, 0.0, 0.2, 0.5).square() / 2)
+    got.sum().backward()
+    torch.testing.assert_close(x.grad, -way * tensor(0.0, 0.0, 0.2, 0.5)[:, None])
+    other = {"label": torch.full((1,), int(teacher.labels.max()))}
+    if dim > 1:
+        assert reward(means[:1], other) < 0 == reward(means[:1], {"label": torch.tensor([-1])})
 
 
 # ---- the distance --------------------------------------------------------------------------------------------
