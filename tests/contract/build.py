@@ -33,6 +33,13 @@ PHASES: dict[str, dict[str, Any]] = {
     "slimflow": {"anneal": 2, "straighten": 1},
 }
 """Options with which a method in phases is in each of them within the four rounds of a trained() run."""
+SHORT: dict[str, dict[str, Any]] = {
+    "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
+    "instaflow": {"straighten": 100},
+    "progressive": {"start": 16, "stage_steps": 30},
+    "slimflow": {"anneal": 50, "straighten": 100},
+}
+"""The same within two hundred rounds."""
 
 
 class WideData(Data):
