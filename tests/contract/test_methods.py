@@ -11,6 +11,7 @@ import torch
 
 from contract.build import (
     PATHS,
+    SHORT,
     Layered,
     at_once,
     batch,
@@ -258,7 +259,7 @@ def test_a_short_run_approaches_the_truth(name):
 
     Rounds, not seconds: the result is that of the method, not of the machine. `make truth` is the long run.
     """
-    found = converge(name, ring(EDM(), 4, std=0.3), steps=200, batch_size=256, seconds=600)
+    found = converge(name, ring(EDM(), 4, std=0.3), steps=200, batch_size=256, seconds=600, **SHORT.get(name, {}))
     assert found.rounds == 200
     assert found.sliced_w2 < 0.6 * found.start
     assert min(w / true for w, true in zip(found.mode_weights, found.true_weights, strict=True)) > 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from onestroke.errors import InputError
 from onestroke.method import Batch, follow
 from onestroke.methods.flow.progressive import Progressive
 from onestroke.paths import like
+from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
 from truth.checks import F64, Given, close, hand_ab, labels, make_path, tensor, two_classes
@@ -183,10 +185,23 @@ class Scaled(nn.Module):
 
 
 def test_bad_starts():
-    with pytest.raises(InputError, match="start=6 must be a power of two"):
+    with pytest.raises(InputError, match=r"start=6 must be the student's 1 step\(s\) doubled some times"):
         checks.build(Progressive, make_path("vp"), checks.Slope(make_path("vp")), start=6)
     with pytest.raises(InputError, match="start=1024 has more steps than the teacher has times"):
         checks.build(Progressive, make_path("table"), checks.Slope(make_path("table")), start=1024)
+
+
+def test_a_student_of_ddim_steps():
+    """Its stages end at its own number of steps, it is sampled by DDIM alone, and 0 cuts the run in equal parts."""
+    path = make_path("vp")
+    few = FewStep(path, path.grid(2), renoise="implied")
+    parts = replace(checks.parts(path, checks.two_modes(path), checks.Slope(path), None), few=few, rounds=90)
+    method = Progressive(parts, start=8)
+    assert (method.stages, method.stage_steps) == ([8, 4, 2], 30)
+    with pytest.raises(InputError, match="needs renoise=implied"):
+        Progressive(replace(parts, few=FewStep(path, path.grid(2))), start=8)
+    with pytest.raises(InputError, match=r"must be the student's 2 step\(s\) doubled"):
+        Progressive(parts, start=1)
 
 
 def lands(module):

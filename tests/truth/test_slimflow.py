@@ -52,9 +52,9 @@ def guided_by_two_steps(cls, first, u=0.3):
     path, z, e = make_path("flow"), checks.noise(), checks.noise(seed=22)
     curved = GaussianMixture(path, tensor([M]), S)
     student = checks.Slope(path, 0.7, 0.9)
-    method = checks.build(cls, path, student, straighten=0, first=first)
+    method = checks.build(cls, path, student, straighten=1, first=first)
     method.straight = curved  # what it would have become is another
-    terms = checks.losses(method, checks.batch(z, fresh=e, draw=Drawn(z, u)), step=1)
+    terms = checks.losses(method, checks.batch(z, fresh=e, draw=Drawn(z, u)), step=2)
 
     def velocity(net, x, t):
         est = net(x, torch.full((8,), t, dtype=F64), labels(8))

@@ -13,9 +13,10 @@ class InstaFlow(Method):
     times. Then distillation: the same error at the noise end alone, where the one step is taken. Regression straight
     onto a curved teacher's pictures blurs them; on a straightened one it has little left to do.
 
-    straighten: published 95,000 (70,000 of batch 64, 25,000 of batch 1024), then 39,500 of distillation.
+    straighten: published 95,000 (70,000 of batch 64, 25,000 of batch 1024), then 39,500 of distillation; 0, ours: seven
+    tenths of the run, and then a resumed run must keep its number of rounds.
     Ours: one run on one set of pairs. Published, distillation has pairs of its own, of the straightened student under
-    guidance 1.5, and ends with LPIPS: for that run `rectified-flow`, then this on its folder with straighten 0.
+    guidance 1.5, and ends with LPIPS: for that run `rectified-flow`, then `kd` on its folder.
     """
 
     players = ("student",)
@@ -24,10 +25,10 @@ class InstaFlow(Method):
     passes = {"student": 1}
     defaults = {"guidance_scale": 6.0, "solver": "dpm++2m", "solver_steps": 25}
 
-    def __init__(self, parts: Parts, straighten: int = 95_000):
+    def __init__(self, parts: Parts, straighten: int = 0):
         super().__init__(parts)
         self.student, self.teacher, self.few, self.path = parts.student, parts.teacher, parts.few, parts.path
-        self.straighten = straighten
+        self.straighten = straighten or 7 * parts.rounds // 10
 
     def step(self, batch: Batch, step: int):
         assert batch.pairs is not None

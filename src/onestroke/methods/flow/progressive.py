@@ -15,11 +15,12 @@ class Progressive(Method):
 
     Algorithm 2. At a time t of N equally spaced ones, two DDIM steps of the teacher, each half as long, end at the next
     time; the student regresses the x0 and eps with which one DDIM step ends there, under max(SNR, 1), the larger of
-    both errors. After `stage_steps` rounds the student becomes the teacher and N halves, down to one step, which is
-    trained until the run ends.
+    both errors. After `stage_steps` rounds the student becomes the teacher and N halves, down to the student's own
+    number of steps, which is trained until the run ends.
 
     start: the N of the first stage; ours 128, what a table of 1,000 times allows (published 4,096, of a teacher of
-    8,192 steps on a continuous path). stage_steps: published 50,000.
+    8,192 steps on a continuous path). stage_steps: published 50,000; 0, ours: the run in equal parts, and then a
+    resumed run must keep its number of rounds.
     Ours: the run's guidance guides the first teacher and is built in from then on; optimiser and learning rate go on
     from stage to stage (published: both start anew), and so does the average (published: none).
     Published settings (CIFAR-10): batch 128, Adam 5e-5, clip 1, a network that predicts x0 or v.
@@ -30,15 +31,19 @@ class Progressive(Method):
     needs = frozenset({"x0"})
     paper = "Progressive distillation, arXiv 2202.00512"
     passes = {"student": 1, "teacher": 4}
-    defaults = {"lr": {"student": 5e-5}, "batch_size": 128, "clip": 1.0, "ema": 0.0}
+    max_steps = 8
+    defaults = {"renoise": "implied", "lr": {"student": 5e-5}, "batch_size": 128, "clip": 1.0, "ema": 0.0}
 
-    def __init__(self, parts: Parts, start: int = 128, stage_steps: int = 50_000):
+    def __init__(self, parts: Parts, start: int = 128, stage_steps: int = 0):
         super().__init__(parts)
         self.student, self.last, self.teacher = parts.student, parts.target(), parts.teacher
-        self.path, self.guide, self.stage_steps = parts.path, parts.guide, stage_steps
-        self.stages = [start >> k for k in range(start.bit_length())]
-        if sum(self.stages) != 2 * start - 1:
-            raise InputError(f"start={start} must be a power of two, which halves down to one step.")
+        self.path, self.guide, final = parts.path, parts.guide, len(parts.few.times)
+        if final > 1 and parts.few.renoise != "implied":
+            raise InputError("a student of DDIM steps needs renoise=implied.")
+        self.stages = [n for n in (start >> k for k in range(start.bit_length())) if n >= final]
+        if not self.stages or start != final << (len(self.stages) - 1):
+            raise InputError(f"start={start} must be the student's {final} step(s) doubled some times.")
+        self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
         if (
             len(set(parts.path.snap(torch.tensor(parts.path.grid(2 * start), dtype=torch.float64)).tolist()))
             < 2 * start

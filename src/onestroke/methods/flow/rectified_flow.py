@@ -25,7 +25,8 @@ class RectifiedFlow(Method):
     needs = frozenset({"pairs"})
     paper = "Rectified flow, arXiv 2209.03003"
     passes = {"student": 1}
-    defaults = {"lr": {"student": 2e-4}, "clip": 1.0, "ema": 0.9999}
+    max_steps = 8
+    defaults = {"renoise": "implied", "lr": {"student": 2e-4}, "clip": 1.0, "ema": 0.9999}
 
     def __init__(self, parts: Parts, lo: float = 0.001, hi: float = 1.0, ends: float = 0.0):
         super().__init__(parts)

@@ -16,7 +16,8 @@ class GuidedDistillation(Progressive):
     (class - null), under max(SNR, 1): one call instead of two. Stage two: progressive distillation of that student (see
     `progressive`).
 
-    guide_steps: ours, 50,000. start, stage_steps: as in `progressive`.
+    guide_steps: 0, ours: as long as a stage. start, stage_steps: as in `progressive`, but that 0 counts the stage of
+    guidance too.
     Ours: one guidance scale, the run's, where the published student is told a scale drawn from a range (w - 1 in
     [2, 14] for Stable Diffusion); the deterministic sampler.
     """
@@ -24,9 +25,10 @@ class GuidedDistillation(Progressive):
     paper = "Guided distillation, arXiv 2210.03142"
     passes = {"student": 1, "teacher": 2}
 
-    def __init__(self, parts: Parts, guide_steps: int = 50_000, start: int = 128, stage_steps: int = 50_000):
+    def __init__(self, parts: Parts, guide_steps: int = 0, start: int = 128, stage_steps: int = 0):
         super().__init__(parts, start, stage_steps)
-        self.guide_steps = guide_steps
+        self.stage_steps = stage_steps or max(1, parts.rounds // (len(self.stages) + 1))
+        self.guide_steps = guide_steps or self.stage_steps
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
