@@ -149,9 +149,9 @@ def distill(
         check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
-    from onestroke.exports import finish_student
     from onestroke.method import Parts
-    from onestroke.model_card import licence_of
+    from onestroke.model_card import licence_of, write_card
+    from onestroke.parity import check_pipeline, open_plain
     from onestroke.rewards import KEY, load_reward
     from onestroke.roles import make_role
     from onestroke.sampling import FewStep
@@ -190,6 +190,7 @@ def distill(
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
         save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
-        finish_student(teacher, student, few, out)
+        check_pipeline(out, open_plain(out), teacher, student, few, "diffusers")
+        write_card(out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)
