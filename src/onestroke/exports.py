@@ -7,159 +7,38 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from onestroke.errors import ExportError, InputError, read_json, unknown
 from onestroke.model_card import write_card
+from onestroke.parity import DTYPES, GRIDS, PROMPTS, Drawn, by_training_sampler, check, check_pipeline, gap, open_plain
+from onestroke.paths import Cond, Table
 from onestroke.run import check_empty
 from onestroke.sampling import FewStep
-from onestroke.student import CARD, LORA, SeededNoise, Student, fingerprint, load_student, read_card, save_lora, to_pil
+from onestroke.student import (
+    CARD,
+    LORA,
+    LORA_FILE,
+    SeededNoise,
+    Student,
+    fingerprint,
+    load_student,
+    read_card,
+    save_lora,
+    to_pil,
+)
 from onestroke.teachers import load_teacher, locate
-from onestroke.teachers.pipeline import PipelineTeacher, no_bars
+from onestroke.teachers.pipeline import PipelineTeacher
 
 TARGETS = ("diffusers", "lora", "onnx")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Measured on emoji64, in 1 and 4 steps: 1e-6, 0.0057 and 0.12, the last two of single pixels.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
-LORA_FILE = "pytorch_lora_weights.safetensors"
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
-GRIDS = (1, 2, 4, 8)  # numbers of steps whose times every artefact is checked for
-PROMPTS = ["a red apple", "a cat on a mat"]  # of the comparison; picture i has seed i
 RANK = 64
-
-
-class Drawn(NamedTuple):
-    """What one sampler drew of PROMPTS, float32 on the CPU."""
-
-    latents: Tensor  # (B, C, H, W)
-    images: Tensor  # (B, 3, H', W') in [0, 1]
-
-
-@contextmanager
-def exact():
-    """Float32 products as such: no TF32, so that two orders of the same sum agree to rounding."""
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-# ---- the comparison --------------------------------------------------------------------------------------------------
-
-
-def by_training_sampler(
-    teacher: PipelineTeacher, net: nn.Module, few: FewStep, dtype: torch.dtype = torch.float32
-) -> Drawn:
-    """What `few` draws with `net`, from noise of `dtype`; prompts and decoder are the teacher's."""
-    device = next(net.parameters()).device
-    noise = SeededNoise(len(PROMPTS), 0, dtype)
-    with exact():
-        cond = {k: v.to(device) for k, v in teacher.encode(PROMPTS).items()}
-        first = noise.normal(torch.empty(len(PROMPTS), *teacher.shape, device=device))
-        x0 = few.sample(net.eval(), first, cond, noise)
-        images = teacher.decode(x0.to(next(teacher.components["vae"].parameters()).device))
-    return Drawn(x0.float().cpu(), images.cpu())
-
-
-def by_diffusers(pipeline: Any, steps: int) -> Drawn:
-    """What a plain diffusers pipeline draws in `steps` calls."""
-    pipeline.set_progress_bar_config(disable=True)
-
-    def call(kind: str) -> Tensor:
-        generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        out = pipeline(
-            PROMPTS, num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type=kind
-        ).images
-        return out.float().cpu()
-
-    with exact():
-        return Drawn(call("latent"), call("pt"))
-
-
-def timesteps(scheduler: Any, few: FewStep) -> list[int]:
-    """The scheduler's timesteps for the student's steps. Raises ExportError where they are not those of training."""
-    last, found = scheduler.config.num_train_timesteps - 1, {}
-    trained, most = len(few.times), scheduler.config.original_inference_steps
-    for steps in sorted({trained, *(k for k in GRIDS if most % k == 0)}):
-        scheduler.set_timesteps(steps)
-        found[steps] = scheduler.timesteps.tolist()
-        wanted = [round(t * last) for t in few.path.grid(steps)]
-        if found[steps] != wanted:
-            raise ExportError(f"the scheduler takes the timesteps {found[steps]}; the student was trained at {wanted}.")
-    return found[trained]
-
-
-def gap(reference: Drawn, drawn: Drawn) -> dict[str, float]:
-    """The largest differences: of latents over the larger of 1 and their peak, and of images in [0, 1]."""
-    if reference.latents.shape != drawn.latents.shape or reference.images.shape != drawn.images.shape:
-        return {"latents": float("inf"), "images": float("inf")}
-    peak = reference.latents.abs().max().clamp_min(1)
-    return {
-        "latents": ((drawn.latents - reference.latents).abs().max() / peak).item(),
-        "images": (drawn.images - reference.images).abs().max().item(),
-    }
-
-
-def check(out: Path, reference: Drawn, drawn: Drawn, few: FewStep, kind: str, dtype: str = "float32", **more: Any):
-    """Write `out`/parity.json. Raises ExportError when the two differ by more than the type's tolerance."""
-    found, tolerance = gap(reference, drawn), TOLERANCE[dtype]
-    passed = all(value <= tolerance for value in found.values())
-    libraries = [
-        "onestroke",
-        "torch",
-        "diffusers",
-        "transformers",
-        "peft",
-        *(["onnxruntime"] if kind == "onnx" else []),
-    ]
-    about = {
-        "passed": passed,
-        "max_abs_difference": found,
-        "tolerance": tolerance,
-        "format": kind,
-        "dtype": dtype,
-        "steps": len(few.times),
-        "prompts": PROMPTS,
-        "seeds": list(range(len(PROMPTS))),
-        **more,
-        "versions": {name: metadata.version(name) for name in libraries},
-    }
-    (out / "parity.json").write_text(json.dumps(about, indent=2) + "\n")
-    if not passed:
-        raise ExportError(
-            f"{out} does not draw what the student draws: latents differ by {found['latents']:.2g}, images by "
-            f"{found['images']:.2g}, and {tolerance:g} is allowed; {out / 'parity.json'} holds the figures."
-        )
-
-
-def open_plain(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline as anyone opens it, without onestroke."""
-    from diffusers import DiffusionPipeline
-
-    with no_bars():
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-
-
-def check_pipeline(out: Path, reference: Drawn, few: FewStep, dtype: str, device: Any) -> None:
-    """Open `out` with plain diffusers and compare what it draws."""
-    pipeline = open_plain(out, DTYPES[dtype]).to(device)
-    times = timesteps(pipeline.scheduler, few)
-    check(out, reference, by_diffusers(pipeline, len(few.times)), few, "diffusers", dtype, timesteps=times)
-
-
-def finish_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path) -> None:
-    """After `distill` has written `out`: compare it with the sampler of training, and write its model card.
-
-    Raises ExportError when they differ; parity.json holds the figures then, too.
-    """
-    device = next(net.parameters()).device
-    check_pipeline(out, by_training_sampler(teacher, net, few), few, "float32", device)
-    write_card(out)
 
 
 # ---- the three formats -----------------------------------------------------------------------------------------------
@@ -167,12 +46,13 @@ def finish_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: 
 
 def to_diffusers(student: Student, out: Path, dtype: str) -> None:
     """An ordinary pipeline in `dtype`."""
-    reference = by_training_sampler(student.model, student.model.net, student.few, DTYPES[dtype])
-    student.model.pipeline.to(DTYPES[dtype]).save_pretrained(out, safe_serialization=True)
-    if student.folder and (student.folder / LORA).is_dir():
+    assert student.folder is not None
+    open_plain(student.folder, DTYPES[dtype]).save_pretrained(out, safe_serialization=True)
+    if (student.folder / LORA).is_dir():
         shutil.copytree(student.folder / LORA, out / LORA)
     carry(student, out, "diffusers")
-    check_pipeline(out, reference, student.few, dtype, student.model.device)
+    pipeline = open_plain(out, DTYPES[dtype])
+    check_pipeline(out, pipeline, student.model, student.model.net, student.few, "diffusers", dtype=dtype)
 
 
 def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> None:
@@ -181,32 +61,33 @@ def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> 
     Those of a student trained as LoRA, exactly; else, or with `rank`, the best of that rank for each layer, and then
     parity.json says what is lost.
     """
+    model, few = student.model, student.few
+    if not hasattr(model.pipeline, "load_lora_weights"):
+        raise InputError(f"diffusers puts no LoRA weights on a {type(model.pipeline).__name__}; export to diffusers.")
     teacher, kept = base_of(student, base), student.folder and student.folder / LORA / LORA_FILE
-    more: dict[str, Any] = {}
-    reference = whole = by_training_sampler(student.model, student.model.net, student.few)
+    net, more = model.net, {}
     if kept and kept.is_file() and rank is None:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, out / LORA_FILE)
     else:
-        tensors, share = extract(student.model.net, teacher.net, rank or RANK)
-        save_lora(student.model.pipeline, tensors, out)
-        near = with_adapters(teacher.net, tensors)
-        reference = by_training_sampler(student.model, near, student.few)
-        error = (reference.images - whole.images).square().mean().sqrt().item()
-        lost = {"rank": rank or RANK, "squared_change": share, **gap(whole, reference), "images_rms": error}
+        tensors, share = extract(model.net, teacher.net, rank or RANK)
+        save_lora(tensors, out)
+        net = with_adapters(teacher.net, tensors)
+        near, whole = by_training_sampler(model, net, few), by_training_sampler(model, model.net, few)
+        error = (near.images - whole.images).square().mean().sqrt().item()
+        lost = {"rank": rank or RANK, "squared_change": share, **gap(whole, near), "images_rms": error}
         more["lost_by_rank"] = lost
-    student.model.pipeline.scheduler.save_pretrained(out / "scheduler")
+    model.pipeline.scheduler.save_pretrained(out / "scheduler")
     carry(student, out, "lora", teacher=teacher.name)
-    pipeline = open_plain(locate(teacher.name)).to(student.model.device)
+    pipeline = open_plain(locate(teacher.name))
     pipeline.load_lora_weights(out, weight_name=LORA_FILE)
-    pipeline.scheduler = type(student.model.pipeline.scheduler).from_pretrained(out / "scheduler")
-    more["timesteps"] = timesteps(pipeline.scheduler, student.few)
-    check(out, reference, by_diffusers(pipeline, len(student.few.times)), student.few, "lora", **more)
+    pipeline.scheduler = type(model.pipeline.scheduler).from_pretrained(out / "scheduler")
+    check_pipeline(out, pipeline, model, net, few, "lora", **more)
 
 
 def base_of(student: Student, base: str | None) -> PipelineTeacher:
     """The student's teacher, from where its card says or from `base`. Raises InputError when its weights are others."""
-    teacher = load_teacher(find_base(student.card, base))
+    teacher = load_teacher(find_base(student.card, base), student.model.size)
     same = student.card.get("teacher_fingerprint")
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (teacher.net, student.model.net)]
     if shapes[0] != shapes[1] or (same and same != fingerprint(teacher.net)):
@@ -332,33 +213,46 @@ def onnx_runtime() -> Any:
 
 
 def to_onnx(student: Student, out: Path) -> None:
-    """denoiser.onnx, decoder.onnx, text_encoder.onnx and the tokenizer: all that a draw without torch needs."""
+    """denoiser.onnx, decoder.onnx and, of a Stable Diffusion pipeline, text_encoder.onnx and the tokenizer.
+
+    Raises ExportError for a network that torch cannot trace.
+    """
     model, few = student.model, student.few
-    if few.renoise != "fresh":
+    if len(few.times) > 1 and few.renoise != "fresh":
         raise InputError(f"a student with {few.renoise!r} noise between its steps is not exported to ONNX yet.")
     reference = by_training_sampler(model, model.net, few)
     out.mkdir(parents=True, exist_ok=True)
     count = 3  # of no other size in the graph, lest a tracer take it for the batch
     cond = model.encode([PROMPTS[0]] * count)
     x, t = torch.randn(count, *model.shape), torch.ones(count, dtype=torch.float64)
-    tokenizer, length = model.components["tokenizer"], cond["text"].shape[1]
-    ids = tokenizer([PROMPTS[0]] * count, padding="max_length", max_length=length, return_tensors="pt").input_ids
+    graphs = {
+        "denoiser": (X0(model.net, list(cond)), {"x": x, "t": t, **cond}, "x0"),
+        "decoder": (Decoder(model), {"x0": x}, "images"),
+    }
+    about = {"shape": list(model.shape), "steps": schedule(few), "inputs": list(cond)}
+    if type(model.pipeline).__name__ == "StableDiffusionPipeline":
+        tokenizer, about["tokens"] = model.components["tokenizer"], cond["text"].shape[1]
+        ids = tokenizer([""] * count, padding="max_length", max_length=about["tokens"], return_tensors="pt").input_ids
+        graphs["text_encoder"] = (TextEncoder(model.components["text_encoder"]), {"ids": ids}, "text")
+        tokenizer.save_pretrained(out / "tokenizer")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        write_onnx(X0(model.net, list(cond)), {"x": x, "t": t, **cond}, "x0", out / "denoiser.onnx")
-        write_onnx(Decoder(model), {"x0": x}, "images", out / "decoder.onnx")
-        write_onnx(TextEncoder(model.components["text_encoder"]), {"ids": ids}, "text", out / "text_encoder.onnx")
-    tokenizer.save_pretrained(out / "tokenizer")
-    carry(student, out, "onnx", onnx={"shape": list(model.shape), "tokens": length, "steps": schedule(few)})
+        for name, (module, inputs, output) in graphs.items():
+            try:
+                write_onnx(module, inputs, output, out / f"{name}.onnx")
+            except Exception as error:  # the tracer's errors have no base of their own
+                kind, line = type(model.pipeline).__name__, str(error).strip().splitlines() or [type(error).__name__]
+                raise ExportError(f"torch cannot write the {name} of a {kind} as ONNX: {line[0]}") from error
+    carry(student, out, "onnx", onnx=about)
     drawer = OnnxStudent(out)
-    x0 = drawer.latents(PROMPTS, SeededNoise(len(PROMPTS), 0))
+    x0 = drawer.latents(drawer.encode(PROMPTS) or model.encode(PROMPTS), SeededNoise(len(PROMPTS), 0))
     check(out, reference, Drawn(x0, drawer.decode(x0)), few, "onnx")
 
 
 def schedule(few: FewStep) -> dict[str, list[list[float]]]:
     """Per number of steps, of every call (t, a, b): its input is a x0 + b noise, with x0 = 0 before the first."""
-    table = {}
-    for steps in sorted({*GRIDS, len(few.times)}):
+    table, trained = {}, len(few.times)
+    for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) else {trained}):
         times = few.path.grid(steps)
         a, b = few.path.ab(torch.tensor(times, dtype=torch.float64))
         a[0], b[0] = 0.0, FewStep(few.path, times, few.start).input(torch.ones(1, 1, dtype=torch.float64)).item()
@@ -375,41 +269,51 @@ class OnnxStudent:
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
         from transformers import AutoTokenizer
 
-        runtime, folder = onnx_runtime(), Path(folder)
-        self.card = read_json(folder / CARD)
+        runtime, self.folder = onnx_runtime(), Path(folder)
+        self.card = read_json(self.folder / CARD)
         if self.card.get("format") != "onnx":
             raise InputError(f"{folder} is no student exported to ONNX.")
-        self.about = self.card["onnx"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.about, self.tokenizer = self.card["onnx"], None
+        if "tokens" in self.about:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         self.sessions = {
-            name: runtime.InferenceSession(folder / f"{name}.onnx", providers=list(providers))
-            for name in ("denoiser", "decoder", "text_encoder")
+            file.stem: runtime.InferenceSession(file, providers=list(providers)) for file in self.folder.glob("*.onnx")
         }
 
     def run(self, name: str, **inputs: Any) -> Tensor:
-        return torch.from_numpy(self.sessions[name].run(None, {k: v.numpy() for k, v in inputs.items()})[0])
+        return torch.from_numpy(self.sessions[name].run(None, {k: v.cpu().numpy() for k, v in inputs.items()})[0])
 
-    def latents(self, prompts: list[str], noise: SeededNoise, steps: int | None = None) -> Tensor:
-        """x0 (B, C, H, W)."""
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts -> what the denoiser reads of them; empty for an export without a text encoder."""
+        if self.tokenizer is None:
+            return {}
+        tokens = {"padding": "max_length", "truncation": True, "max_length": self.about["tokens"]}
+        return {"text": self.run("text_encoder", ids=self.tokenizer(prompts, return_tensors="pt", **tokens).input_ids)}
+
+    def latents(self, cond: Cond, noise: SeededNoise, steps: int | None = None) -> Tensor:
+        """x0 (B, C, H, W) of conditions (B, ...), named as `onnx.inputs` in the card."""
         steps, table = steps or self.card["student_steps"], self.about["steps"]
         if str(steps) not in table:
             raise InputError(f"this export draws in {', '.join(table)} steps, not {steps}.")
-        tokens = {"padding": "max_length", "truncation": True, "max_length": self.about["tokens"]}
-        text = self.run("text_encoder", ids=self.tokenizer(prompts, return_tensors="pt", **tokens).input_ids)
-        x0 = torch.zeros(len(prompts), *self.about["shape"])
+        count = len(cond[self.about["inputs"][0]])
+        x0 = torch.zeros(count, *self.about["shape"])
         for t, a, b in table[str(steps)]:
-            times = torch.full((len(prompts),), t, dtype=torch.float64)
-            x0 = self.run("denoiser", x=a * x0 + b * noise.normal(x0), t=times, text=text)
+            times = torch.full((count,), t, dtype=torch.float64)
+            x0 = self.run("denoiser", x=a * x0 + b * noise.normal(x0), t=times, **cond)
         return x0
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
         return self.run("decoder", x0=x0)
 
-    def __call__(self, prompts: str | list[str], seed: int = 0, steps: int | None = None):
+    def __call__(self, prompts: str | list[str], seed: int = 0, steps: int | None = None) -> list[Image.Image]:
         """Draw one PIL picture per prompt; picture i uses seed + i."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return to_pil(self.decode(self.latents(prompts, SeededNoise(len(prompts), seed), steps)))
+        if not (cond := self.encode(prompts)):
+            raise InputError(
+                f"{self.folder} holds no text encoder; give conditions to `latents`, and that to `decode`."
+            )
+        return to_pil(self.decode(self.latents(cond, SeededNoise(len(prompts), seed), steps)))
 
 
 # ---- the call --------------------------------------------------------------------------------------------------------

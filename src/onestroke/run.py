@@ -215,8 +215,8 @@ def distill(
         check_several(run, lines, owners, pictures is not None or pairs is not None)
     check_folder(out, recipe, resume)
 
-    from onestroke.exports import finish_student
-    from onestroke.model_card import licence_of
+    from onestroke.model_card import licence_of, write_card
+    from onestroke.parity import check_pipeline, open_plain
     from onestroke.rewards import KEY, load_reward
     from onestroke.student import load_student, save_student
     from onestroke.teachers import load_teacher
@@ -252,6 +252,7 @@ def distill(
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
         save_student(teacher, student, parts.few, out, {**card, "teacher_licence": licence_of(name)})
-        finish_student(teacher, student, parts.few, out)
+        check_pipeline(out, open_plain(out), teacher, student, parts.few, "diffusers")
+        write_card(out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onestroke.errors import InputError, read_json
@@ -22,6 +23,7 @@ from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
 CARD = "onestroke.json"
 LORA = "lora"  # the folder of a student's adapters, in its own
 ROUTER = "router.safetensors"  # of several students
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 class SeededNoise:
@@ -59,25 +61,25 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
     if found := adapters(net):
-        save_lora(pipeline, found, out / LORA)
+        save_lora(found, out / LORA)
     how = {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
 
-def save_lora(pipeline: Any, tensors: dict[str, Tensor], out: Path) -> None:
+def save_lora(tensors: dict[str, Tensor], out: Path) -> None:
     """Write adapters named "unet.<layer>.lora_A.weight" (rank, in) and lora_B (out, rank), as diffusers does.
 
     The metadata says alpha = rank, a scale of one; readers that expect no metadata apply that scale too.
     """
     part = next(iter(tensors)).partition(".")[0]
-    weights = {k.removeprefix(f"{part}."): v for k, v in tensors.items()}
-    layers = sorted(k.removesuffix(".lora_A.weight") for k in weights if k.endswith(".lora_A.weight"))
-    rank = len(weights[f"{layers[0]}.lora_A.weight"])
-    config = {"r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
-    pipeline.save_lora_weights(
-        out, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}, safe_serialization=True
-    )
+    layers = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
+    rank = len(tensors[f"{layers[0]}.lora_A.weight"])
+    targets = [layer.removeprefix(f"{part}.") for layer in layers]
+    about = {"r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    text = json.dumps({f"{part}.{k}": v for k, v in about.items()}, indent=2, sort_keys=True)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / LORA_FILE, metadata={"format": "pt", "lora_adapter_metadata": text})
 
 
 class Student:
