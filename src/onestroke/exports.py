@@ -65,7 +65,8 @@ def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> 
     if not hasattr(model.pipeline, "load_lora_weights"):
         raise InputError(f"diffusers puts no LoRA weights on a {type(model.pipeline).__name__}; export to diffusers.")
     teacher, kept = base_of(student, base), student.folder and student.folder / LORA / LORA_FILE
-    net, more = model.net, {}
+    net: nn.Module = model.net
+    more: dict[str, Any] = {}
     if kept and kept.is_file() and rank is None:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, out / LORA_FILE)
@@ -229,7 +230,7 @@ def to_onnx(student: Student, out: Path) -> None:
         "denoiser": (X0(model.net, list(cond)), {"x": x, "t": t, **cond}, "x0"),
         "decoder": (Decoder(model), {"x0": x}, "images"),
     }
-    about = {"shape": list(model.shape), "steps": schedule(few), "inputs": list(cond)}
+    about: dict[str, Any] = {"shape": list(model.shape), "steps": schedule(few), "inputs": list(cond)}
     if type(model.pipeline).__name__ == "StableDiffusionPipeline":
         tokenizer, about["tokens"] = model.components["tokenizer"], cond["text"].shape[1]
         ids = tokenizer([""] * count, padding="max_length", max_length=about["tokens"], return_tensors="pt").input_ids

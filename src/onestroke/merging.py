@@ -75,7 +75,8 @@ def merge(students: Sequence[str | Path], weights: Sequence[float] | None = None
             raise InputError(f"{folder} cannot be merged with {folders[0]}: their {differing[0]} differs.")
     check_empty(out)
 
-    from onestroke.exports import finish_student
+    from onestroke.model_card import write_card
+    from onestroke.parity import check_pipeline, open_plain
 
     student = load_student(folders[0])
     net = student.model.net
@@ -86,5 +87,6 @@ def merge(students: Sequence[str | Path], weights: Sequence[float] | None = None
     card = {k: v for k, v in cards[0].items() if k not in ("rounds", "seconds")}
     card |= known | {"merged": {"students": [str(f) for f in folders], "weights": parts}}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    finish_student(student.model, net, student.few, out)
+    check_pipeline(out, open_plain(out), student.model, net, student.few, "diffusers")
+    write_card(out)
     return load_student(out)

@@ -115,8 +115,11 @@ def closest(drawn: Drawn, model: PipelineTeacher, net: nn.Module, few: FewStep, 
 def timesteps(scheduler: Any, few: FewStep) -> list[float]:
     """The scheduler's timesteps after a draw. Raises ExportError where they are not those of the training."""
 
+    assert isinstance(few.path, Table | Flow)
+    path = few.path
+
     def compare(times: tuple[float, ...]) -> None:
-        wanted = clock(few.path, torch.tensor(times, dtype=torch.float64)).tolist()
+        wanted = clock(path, torch.tensor(times, dtype=torch.float64)).tolist()
         found = scheduler.timesteps.tolist()
         if len(found) != len(wanted) or any(abs(a - b) > 0.01 for a, b in zip(found, wanted, strict=True)):
             wanted = [round(t, 3) for t in wanted]
