@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onestroke.errors import ExportError
+from onestroke.paths import Flow, Table
 from onestroke.sampling import FewStep
 from onestroke.student import SeededNoise
 from onestroke.teachers.calls import clock
