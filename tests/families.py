@@ -19,11 +19,10 @@ WIDTH = 16  # of the text
 
 
 class Family(NamedTuple):
-    """How a tiny pipeline is made, the size that it draws in, whether its scheduler gets the caller's generators."""
+    """How a tiny pipeline is made, and the size that it draws in."""
 
     make: Callable[[], Any]
     size: tuple[int, int] | None = None
-    seeded: bool = True
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -379,15 +378,15 @@ FAMILIES = {
     "sd15": Family(sd15),
     "sd21": Family(sd21),
     "sdxl": Family(sdxl, (24, 16)),
-    "sd3": Family(sd3, seeded=False),
+    "sd3": Family(sd3),
     "sana": Family(sana, (32, 64)),
     "pixart-alpha": Family(lambda: pixart(sigma=False), (16, 24)),
     "pixart-sigma": Family(lambda: pixart(sigma=True)),
-    "flux": Family(lambda: flux(guided=False), (24, 16), seeded=False),
-    "flux-guided": Family(lambda: flux(guided=True), (16, 16), seeded=False),
-    "lumina2": Family(lumina2, (32, 64), seeded=False),
-    "z-image": Family(z_image, (16, 24), seeded=False),
-    "qwen-image": Family(qwen_image, (16, 24), seeded=False),
+    "flux": Family(lambda: flux(guided=False), (24, 16)),
+    "flux-guided": Family(lambda: flux(guided=True), (16, 16)),
+    "lumina2": Family(lumina2, (32, 64)),
+    "z-image": Family(z_image, (16, 24)),
+    "qwen-image": Family(qwen_image, (16, 24)),
 }
 
 

@@ -18,9 +18,21 @@ from torch import Tensor, nn
 
 from onestroke.errors import ExportError, InputError, read_json, unknown
 from onestroke.model_card import write_card
+from onestroke.paths import Flow
 from onestroke.run import check_empty
 from onestroke.sampling import FewStep
-from onestroke.student import CARD, LORA, SeededNoise, Student, fingerprint, load_student, read_card, save_lora, to_pil
+from onestroke.student import (
+    CARD,
+    LORA,
+    PlainNoise,
+    SeededNoise,
+    Student,
+    fingerprint,
+    load_student,
+    read_card,
+    save_lora,
+    to_pil,
+)
 from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.pipeline import PipelineTeacher, no_bars
 
@@ -44,8 +56,9 @@ class Drawn(NamedTuple):
 
 @contextmanager
 def exact():
-    """Float32 products as such: no TF32, so that two orders of the same sum agree to rounding."""
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """The same random numbers whenever it is entered, and no TF32: two orders of the same sum agree to rounding."""
+    with torch.no_grad(), torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.manual_seed(0)
         yield
 
 
@@ -57,7 +70,7 @@ def by_training_sampler(
 ) -> Drawn:
     """What `few` draws with `net`, from noise of `dtype`; prompts and decoder are the teacher's."""
     device = next(net.parameters()).device
-    noise = SeededNoise(len(PROMPTS), 0, dtype)
+    noise = PlainNoise(teacher, len(PROMPTS), 0, dtype)
     with exact():
         cond = {k: v.to(device) for k, v in teacher.encode(PROMPTS).items()}
         first = noise.normal(torch.empty(len(PROMPTS), *teacher.shape, device=device))
@@ -66,25 +79,32 @@ def by_training_sampler(
     return Drawn(x0.float().cpu(), images.cpu())
 
 
-def by_diffusers(pipeline: Any, steps: int) -> Drawn:
-    """What a plain diffusers pipeline draws in `steps` calls."""
+def by_diffusers(pipeline: Any, model: PipelineTeacher, steps: int) -> Drawn:
+    """What a plain diffusers pipeline, called as `model` is, draws in `steps` calls."""
     pipeline.set_progress_bar_config(disable=True)
 
     def call(kind: str) -> Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        out = pipeline(
-            PROMPTS, num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type=kind
-        ).images
+        with exact():
+            out = pipeline(list(PROMPTS), generator=generators, output_type=kind, **model.plain_call(steps)).images
         return out.float().cpu()
 
-    with exact():
-        return Drawn(call("latent"), call("pt"))
+    return Drawn(model.call.latents(call("latent"), model.shape), call("pt"))
 
 
-def timesteps(scheduler: Any, few: FewStep) -> list[int]:
-    """The scheduler's timesteps for the student's steps. Raises ExportError where they are not those of training."""
+def timesteps(scheduler: Any, few: FewStep) -> list[float]:
+    """The scheduler's timesteps for the student's steps. Raises ExportError where they are not those of training.
+
+    Those of a flow depend on how its pipeline calls it: they are what it last drew with.
+    """
+    if isinstance(few.path, Flow):
+        taken, wanted = scheduler.timesteps.tolist(), [t * few.path.num_timesteps for t in few.times]
+        if len(taken) != len(wanted) or max(abs(a - b) for a, b in zip(taken, wanted, strict=True)) > 1e-2:
+            raise ExportError(f"the scheduler takes the timesteps {taken}; the student was trained at {wanted}.")
+        return taken
     last, found = scheduler.config.num_train_timesteps - 1, {}
-    trained, most = len(few.times), scheduler.config.original_inference_steps
+    trained = len(few.times)
+    most = scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps
     for steps in sorted({trained, *(k for k in GRIDS if most % k == 0)}):
         scheduler.set_timesteps(steps)
         found[steps] = scheduler.timesteps.tolist()
@@ -145,11 +165,12 @@ def open_plain(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
         return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
-def check_pipeline(out: Path, reference: Drawn, few: FewStep, dtype: str, device: Any) -> None:
+def check_pipeline(out: Path, model: PipelineTeacher, reference: Drawn, few: FewStep, dtype: str, device: Any) -> None:
     """Open `out` with plain diffusers and compare what it draws."""
     pipeline = open_plain(out, DTYPES[dtype]).to(device)
+    drawn = by_diffusers(pipeline, model, len(few.times))
     times = timesteps(pipeline.scheduler, few)
-    check(out, reference, by_diffusers(pipeline, len(few.times)), few, "diffusers", dtype, timesteps=times)
+    check(out, reference, drawn, few, "diffusers", dtype, timesteps=times)
 
 
 def finish_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path) -> None:
@@ -158,7 +179,7 @@ def finish_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: 
     Raises ExportError when they differ; parity.json holds the figures then, too.
     """
     device = next(net.parameters()).device
-    check_pipeline(out, by_training_sampler(teacher, net, few), few, "float32", device)
+    check_pipeline(out, teacher, by_training_sampler(teacher, net, few), few, "float32", device)
     write_card(out)
 
 
@@ -172,7 +193,7 @@ def to_diffusers(student: Student, out: Path, dtype: str) -> None:
     if student.folder and (student.folder / LORA).is_dir():
         shutil.copytree(student.folder / LORA, out / LORA)
     carry(student, out, "diffusers")
-    check_pipeline(out, reference, student.few, dtype, student.model.device)
+    check_pipeline(out, student.model, reference, student.few, dtype, student.model.device)
 
 
 def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> None:
@@ -181,6 +202,8 @@ def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> 
     Those of a student trained as LoRA, exactly; else, or with `rank`, the best of that rank for each layer, and then
     parity.json says what is lost.
     """
+    if not hasattr(student.model.pipeline, "save_lora_weights"):
+        raise InputError(f"diffusers has no LoRA weights for a {type(student.model.pipeline).__name__}; use diffusers.")
     teacher, kept = base_of(student, base), student.folder and student.folder / LORA / LORA_FILE
     more: dict[str, Any] = {}
     reference = whole = by_training_sampler(student.model, student.model.net, student.few)
@@ -200,8 +223,9 @@ def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> 
     pipeline = open_plain(locate(teacher.name)).to(student.model.device)
     pipeline.load_lora_weights(out, weight_name=LORA_FILE)
     pipeline.scheduler = type(student.model.pipeline.scheduler).from_pretrained(out / "scheduler")
+    drawn = by_diffusers(pipeline, student.model, len(student.few.times))
     more["timesteps"] = timesteps(pipeline.scheduler, student.few)
-    check(out, reference, by_diffusers(pipeline, len(student.few.times)), student.few, "lora", **more)
+    check(out, reference, drawn, student.few, "lora", **more)
 
 
 def base_of(student: Student, base: str | None) -> PipelineTeacher:
@@ -334,6 +358,8 @@ def onnx_runtime() -> Any:
 def to_onnx(student: Student, out: Path) -> None:
     """denoiser.onnx, decoder.onnx, text_encoder.onnx and the tokenizer: all that a draw without torch needs."""
     model, few = student.model, student.few
+    if set(model.call.rows.values()) != {"text"} or model.call.ragged:
+        raise InputError(f"a {type(model.pipeline).__name__} reads more than one text; it is not exported to ONNX yet.")
     if few.renoise != "fresh":
         raise InputError(f"a student with {few.renoise!r} noise between its steps is not exported to ONNX yet.")
     reference = by_training_sampler(model, model.net, few)

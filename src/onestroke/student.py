@@ -41,6 +41,26 @@ class SeededNoise:
         return rows if isinstance(like, tuple) else rows.to(like)
 
 
+class PlainNoise(SeededNoise):
+    """The noise that `model`'s plain pipeline draws, called with such generators.
+
+    A pipeline that gives its scheduler none of them takes all but the first noise from torch's own, packed as its
+    latents are: torch.manual_seed says which.
+    """
+
+    def __init__(self, model: PipelineTeacher, count: int, seed: int, dtype: torch.dtype = torch.float32):
+        super().__init__(count, seed, dtype)
+        self.model, self.own = model, False
+
+    def normal(self, like: Tensor | tuple[int, ...]) -> Tensor:
+        own, self.own = self.own, not self.model.caller.seeded
+        if not own or isinstance(like, tuple):
+            return super().normal(like)
+        call = self.model.call
+        shape = (like if call.order is None else call.pack(like)).shape
+        return call.latents(torch.randn(shape, device=like.device), self.model.shape).to(like)
+
+
 def fingerprint(net: nn.Module) -> str:
     """SHA-256 of the names, the shapes and the first values of a network's tensors: which weights it has."""
     digest = hashlib.sha256()
@@ -57,7 +77,7 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     """
     pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
     pipeline.save_pretrained(out, safe_serialization=True)
-    if found := adapters(net):
+    if (found := adapters(net)) and hasattr(pipeline, "save_lora_weights"):
         save_lora(pipeline, found, out / LORA)
     how = {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}

@@ -109,10 +109,13 @@ def test_lora_of_a_student_trained_as_lora_is_exact(adapted, pipeline_folder, tm
     out = onestroke.export(student, to="lora", out=tmp_path / "out")
     assert "lost_by_rank" not in parity(out)
     pipeline, loaded = plain(pipeline_folder), load_student(student)
-    before = by_diffusers(pipeline, 1)
+    before = by_diffusers(pipeline, loaded.model, 1)
     pipeline.load_lora_weights(out, weight_name=LORA_FILE)
     pipeline.scheduler = loaded.model.pipeline.scheduler
-    drawn, wanted = by_diffusers(pipeline, steps), by_training_sampler(loaded.model, loaded.model.net, loaded.few)
+    drawn, wanted = (
+        by_diffusers(pipeline, loaded.model, steps),
+        by_training_sampler(loaded.model, loaded.model.net, loaded.few),
+    )
     assert max(gap(wanted, drawn).values()) <= 1e-4
     assert (drawn.latents - before.latents).abs().max() > 1e-3, "the adapters change nothing"
 

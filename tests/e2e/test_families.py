@@ -15,27 +15,13 @@ from families import FAMILIES
 from onestroke.denoiser import Guided
 from onestroke.paths import Flow
 from onestroke.sampling import FewStep
-from onestroke.student import SeededNoise, Student, load_student, save_student
+from onestroke.student import PlainNoise, SeededNoise, Student, load_student, save_student
 from onestroke.teachers.dit import block_names
 from onestroke.teachers.pipeline import PipelineTeacher
 
 SEED = 40
 PROMPTS = ["a red square", "rain"]
 every = pytest.mark.parametrize("name", FAMILIES)
-
-
-class PlainNoise(SeededNoise):
-    """The noise of a pipeline that gives its scheduler no generator: after the first, torch's own, as it is packed."""
-
-    def __init__(self, teacher: PipelineTeacher):
-        super().__init__(len(PROMPTS), SEED)
-        self.call, self.shape = teacher.call, teacher.shape
-
-    def normal(self, like):
-        if isinstance(like, tuple):
-            return super().normal(like)
-        packed = like if self.call.order is None else self.call.pack(like)
-        return self.call.unpack(torch.randn(packed.shape), self.shape) * self.call.sign
 
 
 def moved(teacher: PipelineTeacher) -> Any:
@@ -46,8 +32,8 @@ def moved(teacher: PipelineTeacher) -> Any:
     return net
 
 
-def ours(model: PipelineTeacher, net: Any, few: FewStep, seeded: bool) -> Tensor:
-    noise = SeededNoise(len(PROMPTS), SEED) if seeded else PlainNoise(model)
+def ours(model: PipelineTeacher, net: Any, few: FewStep) -> Tensor:
+    noise = PlainNoise(model, len(PROMPTS), SEED)
     torch.manual_seed(SEED)
     with torch.no_grad():
         return few.sample(net, noise.normal(model.shape), model.encode(PROMPTS), noise)
@@ -59,15 +45,14 @@ def theirs(pipeline: Any, call: dict[str, Any], kind: str) -> Tensor:
     return pipeline(list(PROMPTS), generator=generators, output_type=kind, **call).images
 
 
-def check_parity(model: PipelineTeacher, net: Any, few: FewStep, pipeline: Any, seeded: bool) -> None:
+def check_parity(model: PipelineTeacher, net: Any, few: FewStep, pipeline: Any) -> None:
     pipeline.set_progress_bar_config(disable=True)
-    x0, call = ours(model, net, few, seeded), model.plain_call(len(few.times))
+    x0, call = ours(model, net, few), model.plain_call(len(few.times))
     images = model.decode(x0)
     assert images.shape == (2, 3, *model.size)
     assert images.std() > 0.01, "a blank picture proves nothing"
     assert (images[0] - images[1]).abs().max() > 0.01
-    latents = theirs(pipeline, call, "latent")
-    latents = latents if model.call.order is None else model.call.unpack(latents, model.shape)
+    latents = model.call.latents(theirs(pipeline, call, "latent"), model.shape)
     assert (latents - x0).abs().max() <= 1e-4 * x0.abs().max().clamp(min=1)
     assert (theirs(pipeline, call, "pt") - images).abs().max() <= 1e-4
 
@@ -75,7 +60,7 @@ def check_parity(model: PipelineTeacher, net: Any, few: FewStep, pipeline: Any, 
 @every
 def test_a_student_on_disk_is_a_plain_pipeline_that_draws_the_same(name, teachers, tmp_path):
     """One step, and more than it was made for."""
-    teacher, seeded = teachers[name], FAMILIES[name].seeded
+    teacher = teachers[name]
     few = FewStep(teacher.path, teacher.path.grid(1))
     save_student(teacher, moved(teacher), few, tmp_path / "student", {"method": "none"})
     student, plain = load_student(tmp_path / "student"), DiffusionPipeline.from_pretrained(tmp_path / "student")
@@ -83,23 +68,23 @@ def test_a_student_on_disk_is_a_plain_pipeline_that_draws_the_same(name, teacher
     assert student.card["call"] == json.loads(json.dumps(teacher.plain_call(1)))
     for steps in (1, 2, 4):
         few = FewStep(student.model.path, student.model.path.grid(steps))
-        check_parity(student.model, student.model.net, few, plain, seeded)
+        check_parity(student.model, student.model.net, few, plain)
 
 
 @every
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_student_of_several_steps_takes_its_own_times(name, steps, teachers):
     """The exported scheduler's times are those of training, and read again they stay so."""
-    teacher, seeded = teachers[name], FAMILIES[name].seeded
+    teacher = teachers[name]
     net, few = moved(teacher), FewStep(teacher.path, teacher.path.grid(steps))
     plain = teacher.student_pipeline(net, few)
-    check_parity(teacher, net, few, plain, seeded)
+    check_parity(teacher, net, few, plain)
     read = PipelineTeacher(plain, name, FAMILIES[name].size)
     assert read.path.grid(steps) == pytest.approx(few.times, abs=1e-6)
     assert Student(read, {"student_steps": steps}).few.renoise == "fresh"
     if isinstance(teacher.path, Flow):
         euler = FewStep(teacher.path, few.times, renoise="implied")
-        check_parity(teacher, net, euler, teacher.student_pipeline(net, euler), True)
+        check_parity(teacher, net, euler, teacher.student_pipeline(net, euler))
 
 
 @every
@@ -125,8 +110,8 @@ def test_guidance_is_the_pipelines_own(name, teachers):
         packed = [teacher.call.pack(v) for v in (noise, unguided, guided)]
         velocity = packed[0] - packed[2]
         norm = (packed[0] - packed[1]).norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
-        guided = teacher.call.unpack(packed[0] - velocity * norm, teacher.shape)
-    found = found if teacher.call.order is None else teacher.call.unpack(found, teacher.shape)
+        guided = teacher.call.latents(packed[0] - velocity * norm, teacher.shape)
+    found = teacher.call.latents(found, teacher.shape)
     assert (found - guided).abs().max() <= 1e-4 * guided.abs().max().clamp(min=1)
     assert (guided - unguided).abs().max() > 1e-3, "guidance changes nothing"
 
