@@ -153,11 +153,11 @@ DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_i
 def unet(**options: Any) -> nn.Module:
     return diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(16,),
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
         **{"cross_attention_dim": WIDTH, "attention_head_dim": 2, **options},
     )
 
@@ -182,7 +182,7 @@ def sd15() -> Any:
 
 def sd21() -> Any:
     scheduler = betas(prediction_type="v_prediction", steps_offset=1, clip_sample=False, rescale_betas_zero_snr=True)
-    return sd(scheduler, use_linear_projection=True, attention_head_dim=(2, 4))
+    return sd(scheduler, use_linear_projection=True, attention_head_dim=4)
 
 
 def sdxl() -> Any:
@@ -215,7 +215,7 @@ def sd3() -> Any:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        num_layers=4,
+        num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=40,

@@ -36,11 +36,15 @@ def data_of(teacher) -> Data:
     return Data(teacher.shape, teacher.encode(PROMPTS), x0, Pairs(noise, x0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, teachers):
+    """A teacher and its data."""
+    return teachers[request.param], data_of(teachers[request.param])
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_two_rounds(name, family, teachers):
-    teacher = teachers[family]
-    data = data_of(teacher)
+def test_two_rounds(name, family):
+    teacher, data = family
     few = FewStep(teacher.path, teacher.path.grid(1))
     parts = Parts(
         teacher.net,
