@@ -60,7 +60,7 @@ class Witness(FlowMatchEulerDiscreteScheduler):
 
     def step(self, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
         self.seeded = generator is not None
-        return super().step(*args, generator=generator, **kwargs)
+        return FlowMatchEulerDiscreteScheduler.step(self, *args, generator=generator, **kwargs)
 
 
 def learned_variance(net: nn.Module) -> int:
