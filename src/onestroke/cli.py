@@ -203,7 +203,7 @@ def methods(
 
 @app.command()
 def teachers(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False):
-    """List the built-in teachers. Any Stable Diffusion folder or hub id works as well."""
+    """List the built-in teachers. Any text-to-image pipeline of diffusers, a folder or hub id, may be one."""
     from onestroke.teachers import built_in
 
     rows = list(built_in().values())

@@ -20,14 +20,14 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{here}")
 noise = torch.Generator().manual_seed(0)
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=1.0, generator=noise).images[0]
+pipeline("{prompt}", {call}, generator=noise).images[0]
 """,
     "lora": """from diffusers import DiffusionPipeline, {scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("{teacher}")
 pipeline.load_lora_weights("{here}", weight_name="pytorch_lora_weights.safetensors")
 pipeline.scheduler = {scheduler}.from_pretrained("{here}", subfolder="scheduler")
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=1.0).images[0]
+pipeline("{prompt}", {call}).images[0]
 """,
     "onnx": """from onestroke.exports import OnnxStudent
 
@@ -152,12 +152,14 @@ def text_of(folder: Path) -> str:
         "Rounds": card.get("rounds", "unknown"),
         "Licence of the teacher": licence.get("words") or licence.get("license") or "unknown: ask its authors",
     }
+    call = {**card.get("call", {"guidance_scale": 1.0}), "num_inference_steps": steps}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     use = USE[kind].format(
         here=f"path/to/{folder.name}",
         prompt="a prompt",
-        steps=steps,
+        call=", ".join(f"{key}={value!r}" for key, value in call.items()),
         teacher=name_of(teacher),
-        scheduler="LCMScheduler",
+        scheduler=read_json(scheduler)["_class_name"] if scheduler.is_file() else "",
     )
     what = {"diffusers": "diffusers pipeline", "lora": "LoRA adapter of its teacher", "onnx": "set of ONNX graphs"}[
         kind

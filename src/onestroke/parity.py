@@ -60,7 +60,7 @@ class PlainNoise(SeededNoise):
         call = self.model.call
         packed = like if call.order is None else call.pack(like)
         rows = torch.randn(packed.shape, device=like.device, dtype=self.later).to(like)
-        return call.unpack(rows, self.model.shape) * call.sign
+        return call.latents(rows, self.model.shape)
 
 
 def noises(model: PipelineTeacher, few: FewStep, dtype: torch.dtype) -> Iterator[PlainNoise]:
@@ -96,7 +96,7 @@ def by_diffusers(pipeline: Any, model: PipelineTeacher, steps: int) -> Drawn:
 
     with exact():
         latents = call("latent")
-        latents = latents if model.call.order is None else model.call.unpack(latents, model.shape)
+        latents = latents if model.call.order is None else model.call.latents(latents, model.shape)
         return Drawn(latents.float().cpu(), call("pt").float().cpu())
 
 

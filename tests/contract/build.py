@@ -26,6 +26,14 @@ from truth.checks import make_path
 PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
 LABELS = 3
 ROWS = 24
+PHASES: dict[str, dict[str, Any]] = {
+    "disback": {"prelude": 2, "record": 1, "interval": 1},
+    "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
+    "instaflow": {"straighten": 2},
+    "progressive": {"start": 4, "stage_steps": 1},
+    "slimflow": {"anneal": 2, "straighten": 1},
+}
+"""Options of methods in phases with which four rounds play all of them."""
 SHORT: dict[str, dict[str, Any]] = {
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
     "instaflow": {"straighten": 0},

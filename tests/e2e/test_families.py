@@ -35,7 +35,7 @@ class PlainNoise(SeededNoise):
         if isinstance(like, tuple):
             return super().normal(like)
         packed = like if self.call.order is None else self.call.pack(like)
-        return self.call.unpack(torch.randn(packed.shape), self.shape) * self.call.sign
+        return self.call.latents(torch.randn(packed.shape), self.shape)
 
 
 def moved(teacher: PipelineTeacher) -> Any:
@@ -67,7 +67,7 @@ def check_parity(model: PipelineTeacher, net: Any, few: FewStep, pipeline: Any, 
     assert images.std() > 0.01, "a blank picture proves nothing"
     assert (images[0] - images[1]).abs().max() > 0.01
     latents = theirs(pipeline, call, "latent")
-    latents = latents if model.call.order is None else model.call.unpack(latents, model.shape)
+    latents = latents if model.call.order is None else model.call.latents(latents, model.shape)
     assert (latents - x0).abs().max() <= 1e-4 * x0.abs().max().clamp(min=1)
     assert (theirs(pipeline, call, "pt") - images).abs().max() <= 1e-4
 
@@ -125,8 +125,8 @@ def test_guidance_is_the_pipelines_own(name, teachers):
         packed = [teacher.call.pack(v) for v in (noise, unguided, guided)]
         velocity = packed[0] - packed[2]
         norm = (packed[0] - packed[1]).norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
-        guided = teacher.call.unpack(packed[0] - velocity * norm, teacher.shape)
-    found = found if teacher.call.order is None else teacher.call.unpack(found, teacher.shape)
+        guided = teacher.call.answer(packed[0] - velocity * norm, teacher.shape)
+    found = found if teacher.call.order is None else teacher.call.answer(found, teacher.shape)
     assert (found - guided).abs().max() <= 1e-4 * guided.abs().max().clamp(min=1)
     assert (guided - unguided).abs().max() > 1e-3, "guidance changes nothing"
 

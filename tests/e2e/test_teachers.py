@@ -17,6 +17,7 @@ from onestroke.teachers.cache import cache_folder
 from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder
 
 PROMPTS = ["a red square", "rain", "a red square"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -72,28 +73,49 @@ def test_a_cache_that_cannot_be_written_is_left(tmp_path, monkeypatch):
     assert PipelineTeacher(pipeline_of("sd15"), "one").conditions(PROMPTS)["text"].shape[0] == 3
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_distilling_in_another_size(name, teachers, tmp_path):
-    """Adapters on the student, encoders out of memory meanwhile, and all parts of the pipeline on disk again."""
-    source = teachers[name].source
+@pytest.mark.parametrize(
+    ("name", "method", "steps", "more"),
+    [
+        ("sdxl", "swiftbrush", 1, {"lora_rank": {"*": 2}}),
+        ("pixart-sigma", "swiftbrush", 1, {"lora_rank": {"*": 2}}),  # diffusers has no LoRA file for it
+        ("sd3", "few-step-sid", 2, {"lora_rank": {"*": 2}}),
+        ("flux", "few-step-sid", 2, {"renoise": "implied"}),
+        ("z-image", "few-step-sid", 2, {}),
+    ],
+)
+def test_distilling_in_another_size(name, method, steps, more, teachers, tmp_path):
+    """Encoders out of memory meanwhile, all parts on disk again, and diffusers draws the same (or it would raise)."""
+    source, out = teachers[name].source, tmp_path / "run"
+    quick = dict(steps=2, batch_size=1, log_with="none", height=32, width=16, lr=1e-2, ema=0.0)
     student = onestroke.distill(
-        str(source),
-        method="swiftbrush",
-        prompts=PROMPTS,
-        out=tmp_path / "run",
-        steps=1,
-        batch_size=1,
-        log_with="none",
-        height=32,
-        width=16,
-        lora_rank={"*": 2},
+        str(source), method=method, prompts=PROMPTS, out=out, student_steps=steps, **quick, **more
     )
     assert student.model.size == (32, 16)
     assert student(["rain"])[0].size == (16, 32)
-    call = json.loads((tmp_path / "run" / "onestroke.json").read_text())["call"]
-    assert call == {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 32, "width": 16}
-    for part in ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"):
-        assert same(*(load_file(folder / f"{part}.safetensors") for folder in (tmp_path / "run", source)))
+    card, parity = (json.loads((out / file).read_text()) for file in ("onestroke.json", "parity.json"))
+    assert card["call"] == student.model.plain_call(steps)
+    assert parity["passed"]
+    assert len(parity["timesteps"]) == steps
+    assert (out / "lora").is_dir() == ("lora_rank" in more and name != "pixart-sigma")
+    assert f"num_inference_steps={steps}" in (out / "README.md").read_text()
+    before, after = (load_file(f / teachers[name].part / WEIGHTS) for f in (source, out))
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    for encoder in teachers[name].encoders:
+        assert same(*(load_file(folder / encoder / "model.safetensors") for folder in (out, source)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_become_latents(name, teachers):
+    teacher = teachers[name]
+    pictures = torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))
+    x0 = teacher.encode_images(pictures)
+    assert x0.shape == (2, *teacher.shape)
+    factor, shift = teacher._scaling(x0)
+    pixels = pictures * 2 - 1
+    with torch.no_grad():
+        found = teacher.pipeline.vae.encode(pixels[:, :, None] if name == "qwen-image" else pixels)
+    z = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
+    assert torch.allclose(x0 / factor + shift, z.view_as(x0), atol=1e-5)
 
 
 # ---- what cannot be read ---------------------------------------------------------------------------------------------

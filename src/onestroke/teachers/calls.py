@@ -53,6 +53,16 @@ class Listener(nn.Module):
         return ([torch.ones_like(row) for row in x],)
 
 
+class Witness(FlowMatchEulerDiscreteScheduler):
+    """The scheduler under which we listen to a flow. seeded: whether it is given the caller's generators."""
+
+    seeded = False
+
+    def step(self, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+        self.seeded = generator is not None
+        return FlowMatchEulerDiscreteScheduler.step(self, *args, generator=generator, **kwargs)
+
+
 def learned_variance(net: nn.Module) -> int:
     """2 for a network whose output also holds a variance, in its second half of channels; else 1."""
     config = dict(getattr(net, "config", {}))
@@ -151,14 +161,18 @@ class Call:
             x = x.flatten(1)[:, self.order.to(x.device)]
         return x if self.row is None else x.reshape(-1, *self.row)
 
-    def unpack(self, out: Tensor | list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """What the network returned as latents (B, *shape), in the scheduler's sign."""
-        out = torch.stack(out) if isinstance(out, list) else out
+    def latents(self, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `pack`: (B, *shape)."""
         if self.order is not None:
-            out = out.flatten(1)[:, self.places.to(out.device)]
-        elif out.ndim == 4 and out.shape[1] == 2 * shape[0]:
+            packed = packed.flatten(1)[:, self.places.to(packed.device)]
+        return packed.reshape(-1, *shape)  # not len(packed): a traced graph would keep the number
+
+    def answer(self, out: Tensor | list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What the network returned as latents (B, *shape), in the scheduler's sign and without its variance."""
+        out = torch.stack(out) if isinstance(out, list) else out
+        if self.order is None and out.ndim == 4 and out.shape[1] == 2 * shape[0]:
             out = out.chunk(2, 1)[0]
-        return self.sign * out.reshape(-1, *shape)  # not len(out): a traced graph would keep the number
+        return self.sign * self.latents(out, shape)
 
     def condition(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """The condition in the arguments of one call, by name. A mask left out is one of ones."""
@@ -232,7 +246,7 @@ class Caller:
         config = self.pipeline.scheduler.config
         if self.flow:
             kept = {k: v for k, v in config.items() if k in FLOW_KEYS}
-            made: Any = FlowMatchEulerDiscreteScheduler(**{**kept, **scheduler})
+            made: Any = Witness(**{**kept, **scheduler})
         else:
             made = DDIMScheduler.from_config(config, timestep_spacing="trailing")
         twin.register_modules(**{self.part: listener, "scheduler": made})
@@ -275,6 +289,7 @@ class Caller:
         if self.flow:  # the network answered with ones
             moved = (call.pack(x) if x.ndim == 4 and call.order is None else x).flatten() - two.latents.flatten()
             call.sign = float(moved.mean().sign())
+        self.seeded = getattr(two.scheduler, "seeded", True)  # schedulers with betas are, by every pipeline
         null = self._null(call)
         self.embedded = "guidance" in call.rows.values()
         return call, shape, null

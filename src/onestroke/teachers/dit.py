@@ -33,7 +33,7 @@ class DiTDenoiser(Denoiser):
         dtype = next(self.transformer.parameters()).dtype
         with plain_attention(x), tapped(self.transformer, self.taps, tokens) as features:
             out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
-        return self.call.unpack(out, x.shape[1:]), tuple(features)
+        return self.call.answer(out, x.shape[1:]), tuple(features)
 
 
 def block_names(net: nn.Module) -> list[str]:

@@ -322,6 +322,15 @@ class PipelineTeacher:
 
     # ---- pictures ------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def video(self) -> bool:
+        """Whether the autoencoder is one of videos, (B, C, frames, H, W)."""
+        return self.call.order is not None and self._packed(torch.zeros(1, *self.shape)).ndim == 5
+
+    def _packed(self, x0: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of a pipeline that packs them, in the form that its decoder takes."""
+        return self.pipeline._unpack_latents(self.call.pack(x0), *self.size, self.pipeline.vae_scale_factor)
+
     def _scaling(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(factor, shift) of the autoencoder, per channel of its latents z (B, C, ...): x0 = factor (z - shift)."""
         config = self.pipeline.vae.config
@@ -338,13 +347,13 @@ class PipelineTeacher:
         """Images (B, 3, H', W') in [0, 1] -> latents x0 (B, C, H, W), without the autoencoder's own noise."""
         if tuple(images.shape[2:]) != tuple(self.size):
             raise InputError(f"images must have {self.size} pixels, not {tuple(images.shape[2:])}.")
-        vae, video = self.pipeline.vae, self.pipeline.vae.config.get("latents_mean") is not None
+        vae = self.pipeline.vae
         pixels = images.to(vae.device, vae.dtype) * 2 - 1
-        out = vae.encode(pixels[:, :, None] if video else pixels)
+        out = vae.encode(pixels[:, :, None] if self.video else pixels)
         z = out.latent_dist.mode() if hasattr(out, "latent_dist") else next(iter(out.values()))
         factor, shift = self._scaling(z)
         x0 = ((z - shift) * factor).float()
-        return x0[:, :, 0] if x0.ndim == 5 else x0
+        return x0[:, :, 0] if self.video else x0
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -354,11 +363,10 @@ class PipelineTeacher:
     def picture(self, x0: Tensor) -> Tensor:
         """`decode` with gradient."""
         z = x0.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
-        if self.call.order is not None:
-            z = self.pipeline._unpack_latents(self.call.pack(z), *self.size, self.pipeline.vae_scale_factor)
+        z = z if self.call.order is None else self._packed(z)
         factor, shift = self._scaling(z)
         images = self.pipeline.vae.decode(z / factor + shift, return_dict=False)[0]
-        images = images[:, :, 0] if images.ndim == 5 else images  # of a video decoder the one frame
+        images = images[:, :, 0] if self.video else images
         return images.to(torch.promote_types(images.dtype, torch.float32)).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()

@@ -29,4 +29,4 @@ class UNetDenoiser(Denoiser):
         dtype = next(self.unet.parameters()).dtype
         with plain_attention(x), tapped(self.unet, self.taps) as features:
             out = self.unet(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
-        return self.call.unpack(out, x.shape[1:]), tuple(features)
+        return self.call.answer(out, x.shape[1:]), tuple(features)
