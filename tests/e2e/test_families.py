@@ -75,7 +75,7 @@ def check_parity(model: PipelineTeacher, net: Any, few: FewStep, pipeline: Any, 
 @every
 def test_a_student_on_disk_is_a_plain_pipeline_that_draws_the_same(name, teachers, tmp_path):
     """One step, and more than it was made for."""
-    teacher, seeded = teachers[name], FAMILIES[name].seeded
+    teacher, seeded = teachers[name], teachers[name].caller.seeded
     few = FewStep(teacher.path, teacher.path.grid(1))
     save_student(teacher, moved(teacher), few, tmp_path / "student", {"method": "none"})
     student, plain = load_student(tmp_path / "student"), DiffusionPipeline.from_pretrained(tmp_path / "student")
@@ -90,7 +90,7 @@ def test_a_student_on_disk_is_a_plain_pipeline_that_draws_the_same(name, teacher
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_student_of_several_steps_takes_its_own_times(name, steps, teachers):
     """The exported scheduler's times are those of training, and read again they stay so."""
-    teacher, seeded = teachers[name], FAMILIES[name].seeded
+    teacher, seeded = teachers[name], teachers[name].caller.seeded
     net, few = moved(teacher), FewStep(teacher.path, teacher.path.grid(steps))
     plain = teacher.student_pipeline(net, few)
     check_parity(teacher, net, few, plain, seeded)
