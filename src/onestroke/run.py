@@ -163,6 +163,7 @@ def distill(
         check_reward(reward or run.reward, source)
     check_folder(out, recipe, resume)
 
+    from onestroke.denoiser import plain
     from onestroke.exports import finish_student
     from onestroke.method import Parts
     from onestroke.model_card import licence_of
@@ -191,17 +192,29 @@ def distill(
         cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
-    teacher.park()
-    parts = Parts(teacher.net, student, copy_of_teacher, few, null, run.guidance_scale, teacher.shape, judge, run.steps)
+    parts = Parts(
+        teacher.net,
+        student,
+        copy_of_teacher,
+        few,
+        null,
+        run.guidance_scale,
+        teacher.shape,
+        judge,
+        run.steps,
+        teacher.conditions,
+    )
     solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
     data = Data(teacher.shape, cond, x0, solved)
-    trainer = Trainer(cls(parts, **chosen), data, run, out)
+    game = cls(parts, **chosen)
+    teacher.park()
+    trainer = Trainer(game, data, run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:
         recipe.save(out)
     trainer.run()
-    student = trainer.finish()
+    student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
         save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
