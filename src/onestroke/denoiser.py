@@ -150,7 +150,8 @@ def plain(net: nn.Module) -> nn.Module:
 
 def clock_of(net: nn.Module) -> str:
     """The name of the submodule that embeds the time: declared, or diffusers' own. Raises InputError for none."""
-    names = (name for name, m in net.named_modules() if type(m).__name__ == "TimestepEmbedding")
+    kinds = ("TimestepEmbedding", "TimestepEmbedder")
+    names = (name for name, m in net.named_modules() if type(m).__name__ in kinds)
     found = getattr(net, "clock", None) or next(names, None)
     if found is None:
         raise InputError(f"{type(net).__name__} has no time embedding that could take a second time.")

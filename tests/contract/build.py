@@ -27,6 +27,7 @@ PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
 LABELS = 3
 ROWS = 24
 PHASES: dict[str, dict[str, Any]] = {
+    "disback": {"prelude": 1, "record": 1, "interval": 1},
     "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
     "instaflow": {"straighten": 2},
     "progressive": {"start": 4, "stage_steps": 1},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from contract.build import at_once
 from families import FAMILIES
 from onestroke.draws import Draws
 from onestroke.method import Pairs, Parts, play
@@ -52,7 +53,7 @@ def test_two_rounds(name, family, teachers):
         teacher.shape,
         lambda x0, cond: x0.flatten(1).mean(1),
     )
-    method = get_method(name)(parts)
+    method = get_method(name)(parts, **at_once(name))
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss
     adam = {p: torch.optim.Adam(getattr(method, p).parameters(), 1e-4) for p in method.players}
     moved = dict.fromkeys(method.players, 0)
