@@ -13,6 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from onestroke.errors import InputError
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
 
@@ -20,10 +21,11 @@ class Denoiser(nn.Module, ABC):
     """A network on a path. A subclass writes `predict` and nothing else.
 
     Raises ValueError when the prediction type is singular at an end of the path. `bottleneck` is the place of the
-    narrowest layer among the tapped features.
+    narrowest layer among the tapped features, `clock` the name of the submodule that embeds the time, as (B, E).
     """
 
     bottleneck: int = -1
+    clock: str | None = None
 
     def __init__(self, path: Path, prediction: Prediction):
         super().__init__()
@@ -95,7 +97,7 @@ class Guided(nn.Module):
             return self.net(x, t, cond)
         if self.scale > 0 and "guidance" in cond:
             return self.net(x, t, {**cond, "guidance": torch.full_like(cond["guidance"], self.scale)})
-        null = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+        null = {k: self.null[k].to(v).expand_as(v) if k in self.null else v for k, v in cond.items()}
         if self.scale == 0:
             return self.net(x, t, null)
         both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
@@ -132,8 +134,54 @@ class Routed(nn.Module):
         return Estimate(torch.cat([e.x0 for e in asked])[back], torch.cat([e.eps for e in asked])[back])
 
 
+class TwoTimes(nn.Module):
+    """A denoiser that also reads a second time, cond["s"] (B,) in [-1, 1], beside its own.
+
+    What it says goes to the time embedding of the network, through a linear map of functions that vanish at s = 0 and
+    that starts at zero: without cond["s"], at s = 0, and before training at every s, this is `net` itself. Raises
+    InputError for a network without a time embedding.
+    """
+
+    def __init__(self, net: nn.Module, shape: tuple[int, ...], null: Cond):
+        super().__init__()
+        self.net, self.clock = net, clock_of(net)
+        like = next(p for p in net.parameters() if p.is_floating_point())
+        with torch.no_grad(), tapped(net, [self.clock]) as found:
+            t = torch.full((1,), 0.5, dtype=torch.float64, device=like.device)
+            net(like.new_zeros(1, *shape), t, {k: v.to(like.device) for k, v in null.items()})
+        self.shift = nn.Linear(8, found[0].shape[-1], bias=False).to(like)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
+        if "s" not in cond:
+            return self.net(x, t, cond)
+        angle = cond["s"][:, None] * (torch.pi / 2) * torch.arange(1, 5, device=x.device)
+        shift = self.shift(torch.cat([angle.sin(), 1 - angle.cos()], 1).to(self.shift.weight))
+        module = self.net.get_submodule(self.clock)
+        handle = module.register_forward_hook(lambda module, args, out: out + shift)
+        try:
+            return self.net(x, t, {k: v for k, v in cond.items() if k != "s"})
+        finally:
+            handle.remove()
+
+
+def plain(net: nn.Module) -> nn.Module:
+    """The network that is kept of a student: without the second time, which training alone reads."""
+    return net.net if isinstance(net, TwoTimes) else net
+
+
+def clock_of(net: nn.Module) -> str:
+    """The name of the submodule that embeds the time: declared, or diffusers' own. Raises InputError for none."""
+    kinds = ("TimestepEmbedding", "TimestepEmbedder")
+    names = (name for name, m in net.named_modules() if type(m).__name__ in kinds)
+    found = getattr(net, "clock", None) or next(names, None)
+    if found is None:
+        raise InputError(f"{type(net).__name__} has no time embedding that could take a second time.")
+    return found
+
+
 class OnPath(nn.Module):
-    """A denoiser read at the points of another path, by matching the signal-to-noise ratio. Exact."""
+    """A denoiser read at the points of another path, by matching the signal-to-noise ratio. Exact, to both ends."""
 
     def __init__(self, net: nn.Module, src: Path, dst: Path):
         super().__init__()
@@ -141,7 +189,8 @@ class OnPath(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         s = self.src.time_of(self.path.log_snr(t))
-        return self.net(x * like(self.src.ab(s)[0] / self.path.ab(t)[0], x), s, cond)
+        (c, d), (a, b) = self.src.ab(s), self.path.ab(t)
+        return self.net(x * like((c + d) / (a + b), x), s, cond)
 
 
 def numbers(net: nn.Module) -> Tensor:

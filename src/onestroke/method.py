@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onestroke.denoiser import Denoiser, Guided
 from onestroke.draws import Draws
+from onestroke.errors import InputError
 from onestroke.heads import Critic, Head, Heads, Pool, feature_channels
 from onestroke.paths import Cond, Path
 from onestroke.sampling import FewStep
@@ -83,10 +84,24 @@ class Parts:
     shape: tuple[int, ...] = ()  # of one latent
     reward: Reward | None = None
     rounds: int = 1000  # of the whole run, for what changes along it
+    encode: Callable[[list[str]], Cond] | None = None  # prompts (N) -> conditions (N, ...), where a teacher reads any
 
     @property
     def path(self) -> Path:
         return self.few.path
+
+    def prompts(self, texts: list[str]) -> Cond:
+        """The conditions (N, ...) of prompts; "" is the null condition.
+
+        Raises InputError where the teacher reads none, or one is longer than all of the run's.
+        """
+        if any(texts) and self.encode is None:
+            raise InputError(f"this teacher reads no prompts, so it cannot encode {texts}.")
+        rows = [dict(self.encode([text])) if text and self.encode else self.null for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if any(row[k].shape != v.shape for k, v in self.null.items()):
+                raise InputError(f"the prompt {text!r} is longer than all prompts of the run; put it among them.")
+        return {k: torch.cat([row[k].to(v.device) for row in rows]) for k, v in self.null.items()}
 
     def head(self) -> Head:
         """A fresh discriminator head for the bottleneck of the network."""

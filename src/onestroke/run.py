@@ -154,7 +154,9 @@ def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None) 
         return make_role(teacher.net, name, run)
 
     scale, null = run.guidance_scale, teacher.null if null is None else null
-    return Parts(teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps)
+    return Parts(
+        teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps, teacher.conditions
+    )
 
 
 def distill(
@@ -215,6 +217,7 @@ def distill(
         check_several(run, lines, owners, pictures is not None or pairs is not None)
     check_folder(out, recipe, resume)
 
+    from onestroke.denoiser import plain
     from onestroke.model_card import licence_of, write_card
     from onestroke.parity import check_pipeline, open_plain
     from onestroke.rewards import KEY, load_reward
@@ -239,16 +242,17 @@ def distill(
         cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
-    teacher.park()
     parts = parts_of(teacher, run, null, judge)
     solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
-    trainer = Trainer(cls(parts, **chosen), Data(teacher.shape, cond, x0, solved), run, out)
+    playing = cls(parts, **chosen)
+    teacher.park()
+    trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved), run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:
         recipe.save(out)
     trainer.run()
-    student = trainer.finish()
+    student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
         save_student(teacher, student, parts.few, out, {**card, "teacher_licence": licence_of(name)})

@@ -46,6 +46,8 @@ class Net(Denoiser):
     Input and, for x0 prediction, output are preconditioned as in EDM (arXiv 2206.00364, table 1) with sigma_data.
     """
 
+    clock = "time"
+
     def __init__(self, path: Path, prediction: Prediction, dim: int, classes: int, sigma_data: float, width: int = 128):
         super().__init__(path, prediction)
         self.sigma_data = sigma_data
@@ -230,6 +232,7 @@ def converge(
             teacher.shape,
             reward or inside(teacher),
             run.steps,
+            lambda prompts: {"label": torch.tensor([int(prompt) for prompt in prompts])},
         )
         data = _data(teacher, seed)
         if "pairs" in cls.needs:

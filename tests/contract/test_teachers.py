@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract.build import PHASES
+from contract.build import PHASES, at_once
 from families import FAMILIES
 from onestroke.draws import Draws
 from onestroke.method import Pairs, Parts, play
@@ -57,7 +57,7 @@ def test_every_player_learns(name, family):
         teacher.shape,
         lambda x0, cond: x0.flatten(1).mean(1),
     )
-    method = get_method(name)(parts, **PHASES.get(name, {}))
+    method = get_method(name)(parts, **{**at_once(name), **PHASES.get(name, {})})
     # Adam, as the trainer: a plain step follows the arbitrary scale of a loss
     adam = {p: torch.optim.Adam(getattr(method, p).parameters(), 1e-4) for p in method.players}
     moved = dict.fromkeys(method.players, 0)

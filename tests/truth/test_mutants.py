@@ -118,7 +118,7 @@ MUTANTS = [
     ("onestroke.paths", "return a / norm, b / norm", "return a, b", unit),
     ("onestroke.denoiser", "no.lerp(yes, self.scale)", "yes.lerp(no, self.scale)", wrapped),
     ("onestroke.denoiser", "no_eps.lerp(yes_eps, self.scale)", "no_eps.lerp(yes_eps, self.scale + 1)", wrapped),
-    ("onestroke.denoiser", "self.src.ab(s)[0] / self.path.ab(t)[0]", "self.path.ab(t)[0] / self.src.ab(s)[0]", on_path),
+    ("onestroke.denoiser", "like((c + d) / (a + b), x)", "like((a + b) / (c + d), x)", on_path),
     ("onestroke.denoiser", "self.src.time_of(self.path.log_snr(t))", "t", on_path),
     # draws and the exact mixture
     ("onestroke.draws", "[self.seed, self.step, self.calls]", "[self.seed, self.step, self.calls, self.offset]", rows),
