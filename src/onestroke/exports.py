@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import logging
+import os
 import shutil
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -190,18 +195,64 @@ class TextEncoder(nn.Module):
         return self.net(ids)[0]
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep what the tracers warn of, log and print, also from C++, off the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept, nowhere = {1: os.dup(1), 2: os.dup(2)}, os.open(os.devnull, os.O_WRONLY)
+    for stream in kept:
+        os.dup2(nowhere, stream)
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for stream, saved in kept.items():
+            os.dup2(saved, stream)
+            os.close(saved)
+        os.close(nowhere)
+
+
 def write_onnx(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> None:
-    """One graph with a dynamic batch. Tracing, because it is quick, quiet and the same from torch 2.6 on."""
-    torch.onnx.export(
-        module.eval(),
-        tuple(inputs.values()),
-        str(file),
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_axes={name: {0: "batch"} for name in (*inputs, output)},
-        opset_version=18,
-        dynamo=False,
-    )
+    """One graph with a dynamic batch, which onnxruntime can open. Raises ExportError where there is none.
+
+    By tracing, which is quick and writes one file; where that fails, by torch.export.
+    """
+    module, values, said = module.eval(), tuple(inputs.values()), ""
+    named: dict[str, Any] = {"input_names": list(inputs), "output_names": [output], "opset_version": 18}
+
+    def trace() -> None:
+        axes = {name: {0: "batch"} for name in (*inputs, output)}
+        torch.onnx.export(module, values, str(file), dynamo=False, dynamic_axes=axes, **named)
+
+    def capture() -> None:
+        free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+        shapes = (free, free, (free,) * (len(values) - 2)) if isinstance(module, X0) else (free,) * len(values)
+        program = torch.export.export(module, values, dynamic_shapes=shapes, strict=False)
+        torch.onnx.export(program, (), str(file), dynamo=True, verbose=False, **named)
+
+    for way in (trace, capture):
+        try:
+            with hushed(), torch.no_grad():
+                way()
+            open_onnx(file)
+            return
+        except Exception as error:  # the errors of tracers and of onnxruntime have no base of their own
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            for written in file.parent.glob(f"{file.name}*"):
+                written.unlink()
+    raise ExportError(f"torch cannot write this {file.stem} as ONNX: {said}")
+
+
+def open_onnx(file: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """An onnxruntime session that says nothing but errors."""
+    runtime = onnx_runtime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    return runtime.InferenceSession(file, options, providers=list(providers))
 
 
 def onnx_runtime() -> Any:
@@ -221,7 +272,7 @@ def to_onnx(student: Student, out: Path) -> None:
     model, few = student.model, student.few
     if len(few.times) > 1 and few.renoise != "fresh":
         raise InputError(f"a student with {few.renoise!r} noise between its steps is not exported to ONNX yet.")
-    reference = by_training_sampler(model, model.net, few)
+    reference = by_training_sampler(model, model.net, few)  # which also fills every cache before tracing
     out.mkdir(parents=True, exist_ok=True)
     count = 3  # of no other size in the graph, lest a tracer take it for the batch
     cond = model.encode([PROMPTS[0]] * count)
@@ -236,14 +287,8 @@ def to_onnx(student: Student, out: Path) -> None:
         ids = tokenizer([""] * count, padding="max_length", max_length=about["tokens"], return_tensors="pt").input_ids
         graphs["text_encoder"] = (TextEncoder(model.components["text_encoder"]), {"ids": ids}, "text")
         tokenizer.save_pretrained(out / "tokenizer")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        for name, (module, inputs, output) in graphs.items():
-            try:
-                write_onnx(module, inputs, output, out / f"{name}.onnx")
-            except Exception as error:  # the tracer's errors have no base of their own
-                kind, line = type(model.pipeline).__name__, str(error).strip().splitlines() or [type(error).__name__]
-                raise ExportError(f"torch cannot write the {name} of a {kind} as ONNX: {line[0]}") from error
+    for name, (module, inputs, output) in graphs.items():
+        write_onnx(module, inputs, output, out / f"{name}.onnx")
     carry(student, out, "onnx", onnx=about)
     drawer = OnnxStudent(out)
     x0 = drawer.latents(drawer.encode(PROMPTS) or model.encode(PROMPTS), SeededNoise(len(PROMPTS), 0))
@@ -270,16 +315,14 @@ class OnnxStudent:
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)):
         from transformers import AutoTokenizer
 
-        runtime, self.folder = onnx_runtime(), Path(folder)
+        self.folder = Path(folder)
         self.card = read_json(self.folder / CARD)
         if self.card.get("format") != "onnx":
             raise InputError(f"{folder} is no student exported to ONNX.")
         self.about, self.tokenizer = self.card["onnx"], None
         if "tokens" in self.about:
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
-        self.sessions = {
-            file.stem: runtime.InferenceSession(file, providers=list(providers)) for file in self.folder.glob("*.onnx")
-        }
+        self.sessions = {file.stem: open_onnx(file, providers) for file in self.folder.glob("*.onnx")}
 
     def run(self, name: str, **inputs: Any) -> Tensor:
         return torch.from_numpy(self.sessions[name].run(None, {k: v.cpu().numpy() for k, v in inputs.items()})[0])

@@ -34,11 +34,18 @@ pipeline("{prompt}", {call}).images[0]
 student = OnnxStudent("{here}")
 student(["{prompt}"], seed=0)[0]
 """,
+    "onnx without text": """from onestroke import load_student
+from onestroke.exports import OnnxStudent
+from onestroke.student import SeededNoise, to_pil
+
+student, cond = OnnxStudent("{here}"), load_student("path/to/student").model.encode(["{prompt}"])
+to_pil(student.decode(student.latents(cond, SeededNoise(1, 0))))[0]
+""",
 }
 ONNX_NOTE = """
-Without onestroke: `text_encoder.onnx` maps token ids to `text`, `denoiser.onnx` maps (`x`, `t`, `text`) to `x0`, and
-`decoder.onnx` maps `x0` to images in [0, 1]. `onestroke.json` lists `(t, a, b)` of every call under `onnx.steps`: its
-input is `x = a * x0 + b * noise`, with `x0 = 0` before the first.
+Without onestroke: `denoiser.onnx` maps `x`, `t` and the conditions to `x0`, `decoder.onnx` maps `x0` to images in
+[0, 1], and `text_encoder.onnx`, where there is one, token ids to the condition `text`. `onestroke.json` lists
+`(t, a, b)` of every call under `onnx.steps`: its input is `x = a * x0 + b * noise`, with `x0 = 0` before the first.
 """
 
 
@@ -153,13 +160,12 @@ def text_of(folder: Path) -> str:
         "Licence of the teacher": licence.get("words") or licence.get("license") or "unknown: ask its authors",
     }
     call = {**card.get("call", {"guidance_scale": 1.0}), "num_inference_steps": steps}
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    use = USE[kind].format(
+    use = USE["onnx without text" if kind == "onnx" and "tokens" not in card["onnx"] else kind].format(
         here=f"path/to/{folder.name}",
         prompt="a prompt",
         call=", ".join(f"{key}={value!r}" for key, value in call.items()),
         teacher=name_of(teacher),
-        scheduler=read_json(scheduler)["_class_name"] if scheduler.is_file() else "",
+        scheduler=scheduler_of(folder),
     )
     what = {"diffusers": "diffusers pipeline", "lora": "LoRA adapter of its teacher", "onnx": "set of ONNX graphs"}[
         kind
@@ -178,6 +184,12 @@ def text_of(folder: Path) -> str:
         "\n## Parity\n\n" + parity_words(parity) if parity else "",
     ]
     return "".join(parts)
+
+
+def scheduler_of(folder: Path) -> str:
+    """The class of the scheduler in a folder, where there is one."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_json(file)["_class_name"] if file.is_file() else ""
 
 
 def parity_words(parity: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def closest(drawn: Drawn, model: PipelineTeacher, net: nn.Module, few: FewStep, 
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def timesteps(scheduler: Any, few: FewStep) -> list[float]:
+def timesteps(scheduler: Any, path: Table | Flow, trained: tuple[float, ...]) -> list[float]:
     """The scheduler's timesteps after a draw. Raises ExportError where they are not those of the training."""
 
     assert isinstance(few.path, Table | Flow)
@@ -123,15 +123,15 @@ def timesteps(scheduler: Any, few: FewStep) -> list[float]:
         wanted = clock(path, torch.tensor(times, dtype=torch.float64)).tolist()
         found = scheduler.timesteps.tolist()
         if len(found) != len(wanted) or any(abs(a - b) > 0.01 for a, b in zip(found, wanted, strict=True)):
-            wanted = [round(t, 3) for t in wanted]
-            raise ExportError(f"the scheduler takes the timesteps {found}; the student was trained at {wanted}.")
+            wrong, right = (", ".join(f"{t:g}" for t in line) for line in (found, wanted))
+            raise ExportError(f"the scheduler takes the timesteps {wrong}; the student was trained at {right}.")
 
-    compare(few.times)
+    compare(trained)
     taken = scheduler.timesteps.tolist()
     if most := scheduler.config.get("original_inference_steps"):  # it serves several numbers of steps
         for steps in (k for k in GRIDS if most % k == 0):
             scheduler.set_timesteps(steps)
-            compare(few.path.grid(steps))
+            compare(path.grid(steps))
     return taken
 
 
@@ -202,4 +202,6 @@ def check_pipeline(
     with same_luck():
         drawn = by_diffusers(pipeline.to(next(net.parameters()).device), model, len(few.times))
         reference = closest(drawn, model, net, few, dtype)
-    check(out, reference, drawn, few, kind, **{"timesteps": timesteps(pipeline.scheduler, few), **more})
+    check(
+        out, reference, drawn, few, kind, **{"timesteps": timesteps(pipeline.scheduler, model.path, few.times), **more}
+    )

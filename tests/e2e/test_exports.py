@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,10 +17,13 @@ from torch import nn
 import onestroke
 from conftest import PROMPTS, tiny_pipeline
 from e2e.test_cli import UNET, check_refused, digest
+from families import FAMILIES, pipeline_of
 from onestroke import exports, model_card
-from onestroke.exports import LORA_FILE, OnnxStudent, by_diffusers, by_training_sampler, extract, gap, with_adapters
+from onestroke.exports import OnnxStudent, extract, with_adapters
+from onestroke.parity import by_diffusers, by_training_sampler, check_pipeline, gap, open_plain
 from onestroke.roles import adapters
-from onestroke.student import load_student
+from onestroke.sampling import FewStep
+from onestroke.student import LORA_FILE, SeededNoise, load_student, save_student
 from onestroke.teachers import BUILT_IN, load_teacher
 
 QUICK = dict(method="swiftbrush", batch_size=2, log_with="none", lr=1e-3)
@@ -109,10 +113,13 @@ def test_lora_of_a_student_trained_as_lora_is_exact(adapted, pipeline_folder, tm
     out = onestroke.export(student, to="lora", out=tmp_path / "out")
     assert "lost_by_rank" not in parity(out)
     pipeline, loaded = plain(pipeline_folder), load_student(student)
-    before = by_diffusers(pipeline, 1)
+    before = by_diffusers(pipeline, loaded.model, 1)
     pipeline.load_lora_weights(out, weight_name=LORA_FILE)
     pipeline.scheduler = loaded.model.pipeline.scheduler
-    drawn, wanted = by_diffusers(pipeline, steps), by_training_sampler(loaded.model, loaded.model.net, loaded.few)
+    drawn, wanted = (
+        by_diffusers(pipeline, loaded.model, steps),
+        by_training_sampler(loaded.model, loaded.model.net, loaded.few),
+    )
     assert max(gap(wanted, drawn).values()) <= 1e-4
     assert (drawn.latents - before.latents).abs().max() > 1e-3, "the adapters change nothing"
 
@@ -207,6 +214,92 @@ def test_the_built_in_teacher_from_end_to_end(any_precision, tmp_path):
         assert max(parity(out)["max_abs_difference"].values()) <= 1e-4, to
 
 
+# ---- every kind of pipeline ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sana", "flux-guided", "lumina2", "qwen-image"])
+def family(request, tmp_path_factory) -> Path:
+    """A student of four steps of another kind of pipeline: its times, packing and source of noise are its own."""
+    folder, size = tmp_path_factory.mktemp(request.param), FAMILIES[request.param].size
+    pipeline_of(request.param).save_pretrained(folder / "teacher")
+    teacher = load_teacher(folder / "teacher", size)
+    net, few = copy.deepcopy(teacher.net), FewStep(teacher.path, teacher.path.grid(4))
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    card = {"method": "none", "teacher": str(folder / "teacher")}
+    save_student(teacher, net, few, folder / "student", card)
+    check_pipeline(folder / "student", open_plain(folder / "student"), teacher, net, few, "diffusers")
+    return folder / "student"
+
+
+def test_other_pipelines_are_compared_by_their_own_calls(family, tmp_path):
+    assert max(parity(family)["max_abs_difference"].values()) <= 1e-4
+    assert len(parity(family)["timesteps"]) == 4
+    lora = parity(onestroke.export(family, to="lora", out=tmp_path / "lora", rank=3))
+    assert max(lora["max_abs_difference"].values()) <= 1e-4
+    half = parity(onestroke.export(family, to="diffusers", out=tmp_path / "half", dtype="bfloat16"))
+    assert 1e-4 < max(half["max_abs_difference"].values()) <= half["tolerance"]
+
+
+def test_other_noise_is_another_picture(family):
+    """The source of noise may be the pipeline's choice, but it must be one of those that pipelines have."""
+    student = load_student(family)
+    wrong = by_training_sampler(student.model, student.model.net, student.few, SeededNoise(2, 7))
+    pipeline = open_plain(family)
+    torch.manual_seed(0)
+    drawn = by_diffusers(pipeline, student.model, 4)
+    assert max(gap(wrong, drawn).values()) > 0.05
+
+
+@pytest.mark.parametrize("renoise", ["fresh", "implied"])
+def test_distill_of_several_steps_on_a_flow(renoise, tmp_path):
+    pipeline_of("sd3").save_pretrained(tmp_path / "teacher")
+    run = dict(method="dmd2", gan_weight=0, student_steps=2, renoise=renoise, steps=1, batch_size=2, log_with="none")
+    onestroke.distill(str(tmp_path / "teacher"), prompts=PROMPTS, out=tmp_path / "run", **run)
+    assert parity(tmp_path / "run")["timesteps"] == [1000, 750]
+    assert parity(tmp_path / "run")["passed"]
+
+
+def test_onnx_without_a_text_encoder(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pipeline_of("sd3").save_pretrained(tmp_path / "teacher")
+    teacher = load_teacher(tmp_path / "teacher")
+    few = FewStep(teacher.path, teacher.path.grid(1))
+    save_student(teacher, teacher.net, few, tmp_path / "student", {"method": "none", "teacher": "x"})
+    out = onestroke.export(tmp_path / "student", to="onnx", out=tmp_path / "out")
+    assert max(parity(out)["max_abs_difference"].values()) <= 1e-4
+    with pytest.raises(onestroke.InputError, match="holds no text encoder"):
+        OnnxStudent(out)("rain")
+    space: dict = {}
+    exec(usage(out).replace("path/to/student", str(tmp_path / "student")), space)
+    assert space["image"].size == load_student(tmp_path / "student")("rain")[0].size
+
+
+def test_onnx_of_what_torch_cannot_write(command, full, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def fail(*args, **kwargs):
+        print("a graph of ten thousand lines")
+        raise RuntimeError("no such operator\nhow to go on")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(torch.export, "export", fail)
+    said = command("export", full, "--to", "onnx", "--out", tmp_path / "out")
+    check_refused(said, "torch cannot write this denoiser as ONNX: no such operator\n")
+    assert said.out == ""
+
+
+def test_lora_for_a_pipeline_that_takes_none(command, tmp_path):
+    pipeline_of("pixart-sigma").save_pretrained(tmp_path / "teacher")
+    teacher = load_teacher(tmp_path / "teacher")
+    few = FewStep(teacher.path, teacher.path.grid(1))
+    card = {"method": "none", "teacher": str(tmp_path / "teacher")}
+    save_student(teacher, teacher.net, few, tmp_path / "student", card)
+    said = command("export", tmp_path / "student", "--to", "lora", "--out", tmp_path / "out")
+    check_refused(said, "diffusers puts no LoRA weights on a PixArtSigmaPipeline; export to diffusers")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- faster drawing --------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +392,7 @@ def test_export_fails_when_the_scheduler_takes_other_times(command, full, tmp_pa
     student = several(full, tmp_path / "student", 4)
     edit(student / "scheduler" / "scheduler_config.json", original_inference_steps=50)
     said = command("export", student, "--to", "diffusers", "--out", tmp_path / "out")
-    check_refused(said, "takes the timesteps [999,", "trained at [999, 749, 499, 249]")
+    check_refused(said, "takes the timesteps 999,", "trained at 999, 749, 499, 249.")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
