@@ -116,9 +116,6 @@ def closest(drawn: Drawn, model: PipelineTeacher, net: nn.Module, few: FewStep, 
 def timesteps(scheduler: Any, path: Table | Flow, trained: tuple[float, ...]) -> list[float]:
     """The scheduler's timesteps after a draw. Raises ExportError where they are not those of the training."""
 
-    assert isinstance(few.path, Table | Flow)
-    path = few.path
-
     def compare(times: tuple[float, ...]) -> None:
         wanted = clock(path, torch.tensor(times, dtype=torch.float64)).tolist()
         found = scheduler.timesteps.tolist()

@@ -51,6 +51,7 @@ COMMANDS = {
         "--seed",
         "--resume",
     ],
+    "plan": ["TEACHER", "--method", "--batch-size", "--resolution", "--memory", "--set", "--json"],
     "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--out"],
     "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],
     "merge": ["STUDENTS", "--out", "--weight"],
