@@ -61,7 +61,8 @@ class Turn(NamedTuple):
 class Mean(NamedTuple):
     """A question to the whole batch: `yield Mean(v)` is the mean of v over all micro-batches and processes.
 
-    v is a mean or a sum over this micro-batch, of any shape; it is taken without gradient.
+    v is a mean or a sum over this micro-batch, of any shape, taken without gradient. Ask before the calls that are
+    differentiated: all micro-batches wait for the answer, a graph would wait with each, and DDP allows but one.
     """
 
     value: Tensor

@@ -193,20 +193,22 @@ def test_two_steps_are_nearer_to_the_truth_than_one():
 
 SOURCE = "onestroke.methods.distribution.dmd2"
 MUTANTS = [
-    ("terms.gap_weight(x, real.x0)", "terms.gap_weight(x, fake.x0)", normaliser),
-    ("fake.x0 - real.x0", "real.x0 - fake.x0", closed),
-    ("self.guide(self.teacher)(xt, t, cond)", "self.teacher(xt, t, cond)", normaliser),
-    ("self.fake(xt, t, cond)\n", "self.guide(self.fake)(xt, t, cond)\n", normaliser),
+    ("terms.gap_weight(x, real)", "terms.gap_weight(x, fake.x0)", normaliser),
+    ("fake.x0 - real)", "real - fake.x0)", closed),
+    ("self.guide(self.teacher)(xt, t, batch.cond)", "self.teacher(xt, t, batch.cond)", normaliser),
+    ("self.fake(xt, t, batch.cond)", "self.guide(self.fake)(xt, t, batch.cond)", normaliser),
     ("terms.gan_student(self.logits(x, batch))", "terms.gan_student(-self.logits(x, batch))", student_gan),
     ("self.gan_weight * terms", "terms", student_gan),
     ("with frozen(self.fake)", "with frozen(self.teacher)", student_gan),
     ("gan_critic(self.logits(batch.x0, batch), self.logits(x, batch))",
      "gan_critic(self.logits(x, batch), self.logits(batch.x0, batch))", fake_gan),
-    ("x = x.detach()", "x = self.few.sample(self.student, draw.normal(x), cond, draw, k).detach()", fake),
+    ("return x.detach()", "return sample().detach() + 1", fake),
     ("step % self.ttur == 0", "True", two_time_scales),
-    ("times.uniform(draw, self.path), draw)", "times.uniform(draw, self.path, self.lo), draw)", laws),
-    ("cond, draw, k)", "cond, draw)", back_simulation),
-    ("draw.shared()", "draw.uniform()[0].item()", ranks_agree),
+    ("times.uniform(batch.draw, self.path), batch.draw)", 
+     "times.uniform(batch.draw, self.path, 0.02), batch.draw)", laws),
+    ("batch.cond, batch.draw, k)", "batch.cond, batch.draw)", back_simulation),
+    ("with torch.no_grad():\n            xk", "if True:\n            xk", back_simulation),
+    ("batch.draw.shared()", "batch.draw.uniform()[0].item()", ranks_agree),
 ]  # fmt: skip
 
 

@@ -226,8 +226,8 @@ def rows(divergence):
 
 SOURCE, TERMS = "onestroke.methods.distribution.f_distill", "onestroke.terms"
 MUTANTS = [
-    (SOURCE, "weight * h / (yield Mean(h.mean()))", "weight * h", with_source(weighed)),
-    (SOURCE, "weight * h / (yield", "h / (yield", with_source(weighed)),
+    (SOURCE, "h / (yield Mean(h.mean()))", "h", with_source(weighed)),
+    (SOURCE, "x) * direction\n", "x)\n", with_source(weighed)),
     (SOURCE, "yield from terms.level(terms.ratio(fake.features[0]), t)", "terms.ratio(fake.features[0])",
      with_source(weighed)),
     (SOURCE, "DIVERGENCES[self.divergence](ratio)", "DIVERGENCES[self.divergence](1 / ratio)", with_source(weighed)),

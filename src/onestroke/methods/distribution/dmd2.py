@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,36 +64,48 @@ class DMD2(Method):
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
         return cls.needs if options["gan_weight"] else frozenset()
 
-    def logits(self, x: Tensor, batch: Batch) -> Tensor:
-        """Of the head, at x (B, *D) noised anew to a level from the whole path."""
-        t = times.uniform(batch.draw, self.path)
-        return self.fake(self.path.mix(x, batch.draw.normal(x), t), t, batch.cond).features[0]
-
-    def weight(self, x: Tensor, real: Estimate, fake: Estimate, t: Tensor) -> Generator[Mean, Tensor, Tensor]:
-        """(B,) of the score difference at t (B,): a generator, for divergences that must know of the whole batch."""
-        yield from ()
-        return terms.gap_weight(x, real.x0)
-
     def step(self, batch: Batch, step: int):
-        cond, draw = batch.cond, batch.draw
-        k, moves = int(draw.shared() * len(self.few.times)), step % self.ttur == 0
-        with torch.set_grad_enabled(moves):
-            x = self.few.sample(self.student, batch.noise, cond, draw, k)
-        if moves:
-            t = times.uniform(draw, self.path, self.lo, self.hi)
-            xt = self.path.mix(x, draw.normal(x), t)
-            with torch.no_grad():
-                real, fake = self.guide(self.teacher)(xt, t, cond), self.fake(xt, t, cond)
-            weight = yield from self.weight(x, real, fake, t)
-            loss = {"dm": terms.descend(x, like(weight, x) * (fake.x0 - real.x0))}
-            with frozen(self.fake):
-                if self.gan_weight:
-                    loss["gan"] = self.gan_weight * terms.gan_student(self.logits(x, batch))
-                yield Turn("student", loss)
+        k = int(batch.draw.shared() * len(self.few.times))
+        with torch.no_grad():
+            xk = self.few.inputs(self.student, batch.noise, batch.cond, batch.draw, k)[-1]
 
-        x = x.detach()
-        loss = {"dsm": terms.dsm(self.fake, self.path, x, cond, times.uniform(draw, self.path), draw)}
+        def sample() -> Tensor:
+            return self.student(xk, self.few.time(k, xk), batch.cond).x0
+
+        if step % self.ttur == 0:
+            x = yield from self.student_turn(sample, batch)
+        else:
+            with torch.no_grad():
+                x = sample()
+        loss = {"dsm": terms.dsm(self.fake, self.path, x, batch.cond, times.uniform(batch.draw, self.path), batch.draw)}
         if self.gan_weight:
             assert batch.x0 is not None
             loss["gan"] = self.critic_weight * terms.gan_critic(self.logits(batch.x0, batch), self.logits(x, batch))
         yield Turn("fake", loss)
+
+    def student_turn(self, sample: Callable[[], Tensor], batch: Batch) -> Generator[Turn | Mean, Tensor, Tensor]:
+        """Match a sample; returns it."""
+        x = sample()
+        yield from self.descend(x, self.direction(x.detach(), batch)[0], batch)
+        return x.detach()
+
+    @torch.no_grad()
+    def direction(self, x: Tensor, batch: Batch) -> tuple[Tensor, Estimate, Tensor]:
+        """The normalised score difference (B, *D) at x noised anew; what the fake says there, and the time (B,)."""
+        t = times.uniform(batch.draw, self.path, self.lo, self.hi)
+        xt = self.path.mix(x, batch.draw.normal(x), t)
+        real, fake = self.guide(self.teacher)(xt, t, batch.cond).x0, self.fake(xt, t, batch.cond)
+        return like(terms.gap_weight(x, real), x) * (fake.x0 - real), fake, t
+
+    def descend(self, x: Tensor, direction: Tensor, batch: Batch) -> Iterator[Turn]:
+        """The student's turn on x (B, *D), with the GAN."""
+        loss = {"dm": terms.descend(x, direction)}
+        with frozen(self.fake):
+            if self.gan_weight:
+                loss["gan"] = self.gan_weight * terms.gan_student(self.logits(x, batch))
+            yield Turn("student", loss)
+
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """Of the head, at x (B, *D) noised anew to a level from the whole path."""
+        t = times.uniform(batch.draw, self.path)
+        return self.fake(self.path.mix(x, batch.draw.normal(x), t), t, batch.cond).features[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from onestroke import terms
 from onestroke.errors import InputError
 from onestroke.method import Mean, Parts
 from onestroke.methods.distribution.dmd2 import DMD2
+from onestroke.paths import like
 
 
 class FDistill(DMD2):
@@ -31,6 +34,7 @@ class FDistill(DMD2):
     """
 
     paper = "f-distill, arXiv 2502.15681"
+    passes = {**DMD2.passes, "student": 2}
     defaults = {**DMD2.defaults, "guidance_scale": 1.75, "lr": {"*": 1e-5}}
 
     def __init__(
@@ -55,10 +59,14 @@ class FDistill(DMD2):
             )
         return super().needs_of(options)
 
-    def weight(self, x, real, fake, t):
-        weight = yield from super().weight(x, real, fake, t)
+    def student_turn(self, sample, batch):
         if self.divergence == "rkl":
-            return weight
+            return (yield from super().student_turn(sample, batch))
+        with torch.no_grad():
+            x = sample()  # and again below: no graph may wait for the means of the whole batch
+        direction, fake, t = self.direction(x, batch)
         ratio = yield from terms.level(terms.ratio(fake.features[0]), t)
         h = terms.DIVERGENCES[self.divergence](ratio)
-        return weight * h / (yield Mean(h.mean()))
+        direction = like(h / (yield Mean(h.mean())), x) * direction
+        yield from self.descend(sample(), direction, batch)
+        return x
