@@ -80,6 +80,16 @@ def plain_attention(x: Tensor) -> Iterator[None]:
         yield
 
 
+def as_wide(cond: Cond, other: Cond) -> Cond:
+    """`cond` with zeros appended along dimension 1 where `other` is wider: texts are as long as the longest that was
+    encoded with them, and their masks say where they end."""
+    found = dict(cond)
+    for k, v in cond.items():
+        if v.ndim > 1 and k in other and (more := other[k].shape[1] - v.shape[1]) > 0:
+            found[k] = torch.cat([v, v.new_zeros(len(v), more, *v.shape[2:])], 1)
+    return found
+
+
 class Guided(nn.Module):
     """Classifier-free guidance as a denoiser: null + scale (cond - null); scale 1 is none (arXiv 2207.12598).
 
@@ -97,7 +107,8 @@ class Guided(nn.Module):
             return self.net(x, t, cond)
         if self.scale > 0 and "guidance" in cond:
             return self.net(x, t, {**cond, "guidance": torch.full_like(cond["guidance"], self.scale)})
-        null = {k: self.null[k].to(v).expand_as(v) if k in self.null else v for k, v in cond.items()}
+        cond, empty = as_wide(cond, self.null), as_wide(self.null, cond)
+        null = {k: empty[k].to(v).expand_as(v) if k in empty else v for k, v in cond.items()}
         if self.scale == 0:
             return self.net(x, t, null)
         both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
@@ -109,6 +120,7 @@ class Guided(nn.Module):
 
 def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
     """`cond` with the null condition in the `rows` (B,) that are true."""
+    cond, null = as_wide(cond, null), as_wide(null, cond)
     return {k: torch.where(rows.reshape(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
 
 

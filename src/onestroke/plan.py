@@ -209,19 +209,19 @@ the third keeps the gradient but fills the machine less, the last trains adapter
 def switches(teacher: str | Path, method: str, memory: int, **settings: Any) -> tuple[list[str], Plan] | None:
     """The cheapest of SWITCHES with which the run fits into `memory` bytes, and its plan; None where none suffices.
 
-    Cheaper means: without the dearest switch of the other set. Each set is played, not estimated.
+    Cheaper means: without the dearest switch of the other set. Each set is played, not estimated; all of them first.
     """
     _, run, _ = plan_run(str(teacher), method, ["prompt"], settings)
     changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
-    for count in range(2 ** len(changes)):  # binary digits: the dearest switch is the highest one
-        chosen = [name for k, name in enumerate(changes) if count >> k & 1]
-        given = dict(settings)
-        for name in chosen:
-            given |= changes[name]
-        found = plan(teacher, method, **given)
-        if found.peak <= memory:
-            return chosen, found
-    return None
+
+    def within(chosen: list[str]) -> Plan | None:
+        found = plan(teacher, method, **{**settings, **{k: v for name in chosen for k, v in changes[name].items()}})
+        return found if found.peak <= memory else None
+
+    if not within(list(changes)):
+        return None
+    sets = ([name for k, name in enumerate(changes) if count >> k & 1] for count in range(2 ** len(changes)))
+    return next((chosen, found) for chosen in sets if (found := within(chosen)))  # the dearest is the highest digit
 
 
 def parse_bytes(text: str) -> int:

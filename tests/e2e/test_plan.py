@@ -34,8 +34,7 @@ def lived(folder, method: str, **settings):
         return played(trainer, run.accumulate, run.batch_size, memory)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("method", ["swiftbrush", "sid"])
+@pytest.mark.parametrize(("method", "settings"), [*(("swiftbrush", s) for s in SETTINGS), ("sid", SETTINGS[0])])
 def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
     """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
     planned, real = plan(pipeline_folder, method, **settings), lived(pipeline_folder, method, **settings)
@@ -66,8 +65,6 @@ def test_nothing_is_loaded(pipeline_folder):
 def test_the_cheapest_switches_that_fit(pipeline_folder):
     settings = {"batch_size": 8, "lora_rank": {"*": 0}}
     peak = plan(pipeline_folder, "swiftbrush", **settings).peak
-    chosen, found = switches(pipeline_folder, "swiftbrush", peak, **settings)
-    assert (chosen, found.peak) == ([], peak)
     chosen, found = switches(pipeline_folder, "swiftbrush", peak // 2, **settings)
     assert chosen
     assert found.peak <= peak // 2

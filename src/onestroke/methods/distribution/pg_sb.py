@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
+from onestroke.denoiser import dropped
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
 
@@ -59,7 +60,7 @@ class PGSB(Method):
         yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
 
         if draw.shared() < self.null_rate:
-            cond = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+            cond = dropped(cond, self.null, torch.ones_like(t, dtype=torch.bool))
         t = times.uniform(draw, self.path)
         weight = self.path.unit_ab(t)[0] ** self.alpha_power
         yield Turn("fake", {"dsm": terms.dsm(self.fake, self.path, x.detach(), cond, t, draw, weight=weight)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
+from onestroke.denoiser import dropped
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
 
@@ -55,7 +56,7 @@ class SwiftBrush(Method):
         yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
 
         if draw.shared() < self.null_rate:
-            cond = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+            cond = dropped(cond, self.null, torch.ones_like(t, dtype=torch.bool))
         t = times.uniform(draw, self.path)
         alpha = self.path.unit_ab(t)[0]
         yield Turn(

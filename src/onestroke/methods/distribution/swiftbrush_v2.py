@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
+from onestroke.denoiser import dropped
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
 
@@ -69,7 +70,7 @@ class SwiftBrushV2(Method):
         yield Turn("student", {"vsd": vsd, "reward": weight * short})
 
         if draw.shared() < self.null_rate:
-            cond = {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}
+            cond = dropped(cond, self.null, torch.ones_like(t, dtype=torch.bool))
         t = times.uniform(draw, self.path)
         alpha = self.path.unit_ab(t)[0]
         yield Turn(
