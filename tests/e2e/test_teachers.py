@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_left(tmp_path, monkeypatch):
     ("name", "method", "steps", "more"),
     [
         ("sdxl", "swiftbrush", 1, {"lora_rank": {"*": 2}}),
-        ("pixart-sigma", "swiftbrush", 1, {"lora_rank": {"*": 2}}),  # diffusers has no LoRA file for it
+        ("pixart-sigma", "swiftbrush", 1, {"lora_rank": {"*": 2}}),
         ("sd3", "few-step-sid", 2, {"lora_rank": {"*": 2}}),
         ("flux", "few-step-sid", 2, {"renoise": "implied"}),
         ("z-image", "few-step-sid", 2, {}),
@@ -96,7 +96,7 @@ def test_distilling_in_another_size(name, method, steps, more, teachers, tmp_pat
     assert card["call"] == student.model.plain_call(steps)
     assert parity["passed"]
     assert len(parity["timesteps"]) == steps
-    assert (out / "lora").is_dir() == ("lora_rank" in more and name != "pixart-sigma")
+    assert (out / "lora").is_dir() == ("lora_rank" in more)
     assert f"num_inference_steps={steps}" in (out / "README.md").read_text()
     before, after = (load_file(f / teachers[name].part / WEIGHTS) for f in (source, out))
     assert any(not torch.equal(v, after[k]) for k, v in before.items())

@@ -166,7 +166,7 @@ def test_only_a_student_and_a_fake_can_be_led():
 
 MUTANTS = [
     ("(step + 1) % self.record == 0", "step % self.record == 0", recording),
-    ('recording and turn.player == "student"', 'recording and turn.player == "fake"', recording),
+    ('found.player == "student"', 'found.player == "fake"', recording),
     ("len(self.trail) - 1 - max(step", "max(step", backtracking),
     ("max(step - self.prelude, 0) // self.interval", "max(step, 0) // self.interval", backtracking),
     ("self.teacher_at(step)\n", "self.teacher\n", backtracking),
