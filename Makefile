@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEMO_OUT ?= runs/demo
 TESTS ?= tests
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRUTH_SECONDS ?= 90
 TORCH_PIP ?=
 
@@ -18,14 +19,14 @@ unexport OMP_NUM_THREADS
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) DEMO_OUT=$(DEMO_OUT) TESTS=$(TESTS) TRUTH_SECONDS=$(TRUTH_SECONDS)"
+	@echo "Variables: PYTHON=$(PYTHON) DEMO_OUT=$(DEMO_OUT) TESTS=$(TESTS) JOBS=$(JOBS) TRUTH_SECONDS=$(TRUTH_SECONDS)"
 	@echo "           TORCH_PIP='options for the pip call that installs torch'"
 
 demo: fresh-demo $(READY) ## distil the built-in teacher; pictures and figures go to DEMO_OUT
 	$(VENV)/bin/onestroke demo --out "$(DEMO_OUT)"
 
 test: $(READY) ## run the tests
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest $(TESTS) -n $(JOBS) --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -11,16 +11,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onestroke.methods import METHODS, RESULTS, results
+from onestroke.metrics import machine
 from onestroke.truth import CASES, Convergence, check
 
 PAGE = Path("docs/truth.md")
@@ -40,16 +35,6 @@ Every method distils a teacher whose score is exact from a small network fitted 
 | method | case | sliced-W2 | floor | ratio | limit | start | worst mode | rounds | seconds | passes | measured |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
-
-
-def machine() -> str:
-    """Processor, threads and versions, in words."""
-    cpu = platform.processor() or platform.machine()
-    if shutil.which("lscpu"):
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
-        cpu = next((line.split(":", 1)[1].strip() for line in lines.splitlines() if line.startswith("Model name")), cpu)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, {versions}"
 
 
 def result(method: str, case: str, found: Convergence, seed: int) -> dict[str, Any]:

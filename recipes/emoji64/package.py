@@ -1,6 +1,7 @@
-"""Stage 4: put the parts together as a diffusers pipeline in float16, with prompts and card; real features beside it.
+"""Put the parts together as a diffusers pipeline in float16, with prompts and card; real images' features beside it.
 
 python recipes/emoji64/package.py --data DATA --work WORK --out src/onestroke/teachers/built_in/emoji64
+python recipes/emoji64/package.py --data DATA --work WORK --out src/onestroke/teachers/built_in/emoji64-flow --flow
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import argparse
 import json
 from pathlib import Path
 
+import flow
 import torch
+import unet
 from common import STYLES, caption, load_data, to_float
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from onestroke.metrics import REFERENCES, LiteFeatures, psnr
 
@@ -38,10 +39,10 @@ license: other
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-# emoji64
+# {name}
 
-A small text-to-image latent diffusion model in the standard `StableDiffusionPipeline` format: 64x64 pixels, latents of
-8x8x16, v-prediction with zero terminal SNR. Prompts read "style, name"; the styles are {styles}.
+A small text-to-image latent diffusion model in the standard `{pipeline}` format: 64x64 pixels, latents of
+8x8x16, {process}. Prompts read "style, name"; the styles are {styles}.
 
 | part | class | parameters |
 |---|---|---|
@@ -49,8 +50,7 @@ A small text-to-image latent diffusion model in the standard `StableDiffusionPip
 
 Trained by `recipes/emoji64/` on {seen} images of {concepts} emoji concepts in five styles; {unseen} images of 5 % of
 the concepts were held out (by concept, never by image). Held-out reconstruction: {psnr:.2f} dB, the mean of the images'
-PSNR ({pooled:.2f} dB from the pooled squared error). `image_encoder` is the image tower that pairs with the text
-encoder; it serves the retrieval score and takes no part in drawing.
+PSNR ({pooled:.2f} dB from the pooled squared error).{beside}
 
 ## Licence and attribution
 The weights are Apache-2.0. They were learned from, and their pictures derive from, these artworks:
@@ -62,30 +62,27 @@ The weights are Apache-2.0. They were learned from, and their pictures derive fr
 """
 
 
+BESIDE = """ `image_encoder` is the image tower that pairs with the text
+encoder; it serves the retrieval score and takes no part in drawing."""
+FLOW_BESIDE = """ Both text encoders are the
+one tower of emoji64, and so is the autoencoder."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("data", "work", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--flow", action="store_true", help="the denoiser of flow.py, not that of unet.py")
     args = parser.parse_args()
     images, rows, held = load_data(args.data)
-    parts = {
-        "vae": AutoencoderTiny.from_pretrained(args.work / "vae"),
-        "text_encoder": CLIPTextModel.from_pretrained(args.work / "text_encoder"),
-        "unet": UNet2DConditionModel.from_pretrained(args.work / "unet"),
-        "image_encoder": CLIPVisionModelWithProjection.from_pretrained(args.work / "image_encoder"),
-    }
+    pipeline = (flow if args.flow else unet).make_pipeline(args.work)
+    parts = {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
     unseen = to_float(images[held])
     with torch.no_grad():
-        back = torch.cat([parts["vae"](x).sample for x in unseen.split(128)])
+        vae = parts["vae"].float()
+        back = torch.cat([vae(x).sample for x in unseen.split(128)])
+        vae.half()
     each, pooled = psnr(back / 2 + 0.5, unseen / 2 + 0.5)
-    pipeline = StableDiffusionPipeline(
-        **{name: module.half() for name, module in parts.items()},
-        tokenizer=CLIPTokenizer.from_pretrained(args.work / "tokenizer"),
-        scheduler=DDIMScheduler.from_pretrained(args.work / "scheduler"),
-        safety_checker=None,
-        feature_extractor=CLIPImageProcessor.from_pretrained(args.work / "feature_extractor"),
-        requires_safety_checker=False,
-    )
     pipeline.save_pretrained(args.out)
 
     names = sorted({r["caption"].lower() for r, h in zip(rows, held, strict=True) if not h})
@@ -99,15 +96,15 @@ def main() -> None:
     chosen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:REFERENCE]]
     features = LiteFeatures().of(to_float(images[chosen]) / 2 + 0.5)
     REFERENCES.mkdir(exist_ok=True)
-    save_file({"features": features.half()}, REFERENCES / f"{args.out.name}.safetensors")
+    save_file({"features": features.half()}, REFERENCES / "emoji64.safetensors")
 
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     about = {
         "summary": "emoji in five styles, from 'style, name'",
         "resolution": 64,
         "parameters": sum(counts.values()),
-        "pipeline": "StableDiffusionPipeline",
-        "prediction": "v",
+        "pipeline": type(pipeline).__name__,
+        "prediction": "flow" if args.flow else "v",
         "guidance_scale": GUIDANCE,
         "licence": "Apache-2.0; artwork MIT, Apache-2.0, CC-BY-4.0",
         "autoencoder_psnr": {"mean_of_images": round(each, 2), "pooled": round(pooled, 2)},
@@ -116,6 +113,10 @@ def main() -> None:
     table = "\n".join(f"| {k} | {type(m).__name__} | {counts[k]:,} |" for k, m in parts.items())
     concepts = len({r["hex"] for r, h in zip(rows, held, strict=True) if not h})
     card = CARD.format(
+        name=args.out.name,
+        pipeline=type(pipeline).__name__,
+        process="flow matching" if args.flow else "v-prediction with zero terminal SNR",
+        beside=FLOW_BESIDE if args.flow else BESIDE,
         styles=", ".join(STYLES.values()),
         parts=table,
         seen=len(seen),

@@ -9,13 +9,15 @@ one-step student starts where it was trained. One caption in ten is empty, for c
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from common import arguments, caption, load_data, to_float, train
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 BARE, EMPTY = 0.1, 0.1
 
@@ -46,6 +48,24 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=1,
+    )
+
+
+def make_pipeline(work: Path) -> StableDiffusionPipeline:
+    """The pipeline of the parts in WORK, in float16."""
+    parts = {
+        "vae": AutoencoderTiny.from_pretrained(work / "vae"),
+        "text_encoder": CLIPTextModel.from_pretrained(work / "text_encoder"),
+        "unet": UNet2DConditionModel.from_pretrained(work / "unet"),
+        "image_encoder": CLIPVisionModelWithProjection.from_pretrained(work / "image_encoder"),
+    }
+    return StableDiffusionPipeline(
+        **{name: module.half() for name, module in parts.items()},
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(work / "scheduler"),
+        safety_checker=None,
+        feature_extractor=CLIPImageProcessor.from_pretrained(work / "feature_extractor"),
+        requires_safety_checker=False,
     )
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -79,3 +83,13 @@ def retrieval(pipeline, images: Tensor, prompts: list[str]) -> float:
     seen = torch.cat([pipeline.image_encoder(i.to(device) * 2 - 1).image_embeds for i in images.split(256)])
     nearest = (F.normalize(seen, dim=1) @ F.normalize(text, dim=1).T).argmax(1).cpu()
     return (nearest == torch.arange(len(prompts))).float().mean().item()
+
+
+def machine() -> str:
+    """What a figure was measured on: processor, threads and versions, in words."""
+    cpu = platform.processor() or platform.machine()
+    if shutil.which("lscpu"):
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+        cpu = next((line.split(":", 1)[1].strip() for line in lines.splitlines() if line.startswith("Model name")), cpu)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, {versions}"

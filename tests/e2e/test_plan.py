@@ -65,9 +65,10 @@ def test_nothing_is_loaded(pipeline_folder):
 def test_the_cheapest_switches_that_fit(pipeline_folder):
     settings = {"batch_size": 8, "lora_rank": {"*": 0}}
     peak = plan(pipeline_folder, "swiftbrush", **settings).peak
-    chosen, found = switches(pipeline_folder, "swiftbrush", peak // 2, **settings)
+    memory = int(0.9 * peak)
+    chosen, found = switches(pipeline_folder, "swiftbrush", memory, **settings)
     assert chosen
-    assert found.peak <= peak // 2
+    assert found.peak <= memory
     assert switches(pipeline_folder, "swiftbrush", 1000, **settings) is None
 
 
