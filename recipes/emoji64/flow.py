@@ -1,7 +1,9 @@
 """The denoiser of emoji64-flow: an SD3Transformer2DModel of 6.5 M parameters on emoji64's latents, flow matching.
 
 It needs stages 1 and 2. The class reads two CLIP text encoders and the pooled state of both: both are the one text
-tower, with an identity for its projection; there is no T5. One caption in ten is empty, for classifier-free guidance.
+tower, with an identity for its projection. It has no T5, in whose place the pipeline gives 256 tokens of zeros; they
+have no places, so they stay equal, and training has one token that counts for all. One caption in ten is empty, for
+classifier-free guidance.
 
     python recipes/emoji64/flow.py --data DATA --work WORK
 """
@@ -22,6 +24,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from unet import BARE, EMPTY, encode_images
 
 LENGTH = 16  # tokens; of the captions 0.2 % are longer
+ZEROS = 256  # tokens in the place of T5's
+
+
+class Counted:
+    """Joint attention in which the last token of the context stands for ZEROS equal ones: log ZEROS on its logit."""
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None):
+        def heads(*streams: Tensor) -> Tensor:
+            return torch.cat([x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in streams], 2)
+
+        x, c = hidden_states, encoder_hidden_states
+        q = torch.cat([attn.norm_q(heads(attn.to_q(x))), attn.norm_added_q(heads(attn.add_q_proj(c)))], 2)
+        k = torch.cat([attn.norm_k(heads(attn.to_k(x))), attn.norm_added_k(heads(attn.add_k_proj(c)))], 2)
+        count = torch.ones(1, k.shape[2], device=k.device)
+        count[:, -1] = ZEROS
+        out = F.scaled_dot_product_attention(q, k, heads(attn.to_v(x), attn.add_v_proj(c)), count.log().to(q))
+        x, c = out.transpose(1, 2).flatten(2).split([x.shape[1], c.shape[1]], 1)
+        return attn.to_out[1](attn.to_out[0](x)), c if attn.context_pre_only else attn.to_add_out(c)
 
 
 def make_net(width: int = WIDTH, heads: int = 6, head_dim: int = 32, layers: int = 5) -> SD3Transformer2DModel:
@@ -75,13 +95,15 @@ def make_pipeline(work: Path) -> StableDiffusion3Pipeline:
 
 @torch.no_grad()
 def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """What the pipeline makes of prompts (N): tokens (N, 2 LENGTH, C) and pooled (N, C), in float16."""
+    """What the pipeline makes of prompts (N): tokens (N, LENGTH + 1, C), one of the zeros, and pooled (N, C)."""
     found = []
     for k in range(0, len(captions), 256):
         tokens, _, pooled, _ = pipeline.encode_prompt(
             captions[k : k + 256], None, None, do_classifier_free_guidance=False
         )
-        found.append((tokens.half(), pooled.half()))
+        assert tokens.shape[1] == LENGTH + ZEROS
+        assert not tokens[:, LENGTH:].any()
+        found.append((tokens[:, : LENGTH + 1], pooled))
     tokens, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
     return tokens, pooled
 
@@ -103,13 +125,13 @@ def main() -> None:
     ]
     latents = encode_images(pipeline.vae, images).to(args.device)
     seen, unseen = (torch.from_numpy(m.nonzero()[0]) for m in (~out, out))
-    net.to(args.device)
+    net.to(args.device).set_attn_processor(Counted())
 
     def error(i: Tensor, context: list[Tensor], t: Tensor) -> Tensor:
         x0 = latents[i]
         noise, at = torch.randn(x0.shape).to(x0), t[:, None, None, None]
         with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            v = net((1 - at) * x0 + at * noise, context[0].float(), context[1].float(), 1000 * t).sample
+            v = net((1 - at) * x0 + at * noise, context[0], context[1], 1000 * t).sample
         return F.mse_loss(v.float(), noise - x0)
 
     def loss(step: int) -> Tensor:
