@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from onestroke.draws import Draws
 from onestroke.errors import InputError, read_json
 from onestroke.method import Batch, Method, play
 from onestroke.methods import get_method
+from onestroke.optim import state_8bit
 from onestroke.run import parts_of, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
@@ -41,17 +43,26 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
+        self.counting = True
 
     def see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) not in self.sizes:
-            self.sizes[key] = storage.nbytes()
+            self.sizes[key] = storage.nbytes() if self.counting else 0
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, key)
 
     def drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
+
+    def aside(self, tensor: Tensor) -> Tensor:
+        """A copy in another memory than the one that is counted."""
+        self.counting = False
+        try:
+            return tensor.detach().clone()
+        finally:
+            self.counting = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -80,9 +91,39 @@ def hollow(method: Method) -> Method:
     return method
 
 
+class Hollow8bit(torch.optim.Optimizer):
+    """What `adamw8bit` holds, without its kernels, which work in place."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, **more: Any):
+        super().__init__(params, {"lr": lr})
+
+    def init_state(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+        self.state[p] = state_8bit(p)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+class HollowTrainer(Trainer):
+    """A trainer of tensors without storage, whose main memory is not counted."""
+
+    def __init__(self, memory: Memory, *args: Any, **kwargs: Any):
+        self.counted = memory
+        super().__init__(*args, **kwargs)
+
+    def home(self, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        return self.counted.aside
+
+    def optimizer(self, params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        if self.settings.optimizer == "adamw8bit":
+            return Hollow8bit(params, **options)
+        return super().optimizer(params, **options)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Bytes. `roles`: what each player holds all the time, its own weights, optimiser state and average."""
+    """Bytes. `roles`: what each player holds all the time, its own weights, optimiser state and average; with offload,
+    what lies in main memory is not of it."""
 
     peak: int
     frozen: int  # weights that no player trains: the teacher, shared with LoRA roles, encoders and decoder
@@ -105,6 +146,8 @@ class Plan:
 
 def played(trainer: Trainer, batches: int, size: int, memory: Memory, rounds: int = 2) -> Plan:
     """The plan of a trainer built inside `watched`, from its first rounds."""
+    if trainer.offload.home is not None:  # the roles were made in main memory
+        memory.peak = memory.now
     frozen = memory.now - sum(holds(trainer, p) for p in trainer.method.players)
     trainer.factor = 1.0
     data = trainer.data
@@ -125,7 +168,7 @@ def holds(trainer: Trainer, player: str) -> int:
     ]
     if trainer.average and player == trainer.method.players[0]:
         own += list(trainer.average.values.values())
-    return nbytes(own)
+    return nbytes([t for t in own if not trainer.offload.idle(t)])
 
 
 def shallow(config: Any) -> Any:
@@ -189,7 +232,7 @@ def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, opti
         rows = max(prompts, run.batch_size * run.accumulate)
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in teacher.null.items()}
         size = run.batch_size
-        trainer = Trainer(hollow(playing), Data(teacher.shape, cond), run)
+        trainer = HollowTrainer(memory, hollow(playing), Data(teacher.shape, cond), run)
         trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()})
         return played(trainer, run.accumulate, size, memory)
 
@@ -200,28 +243,35 @@ SWITCHES: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "half the batch, twice accumulated": lambda run: (
         {} if run.batch_size % 2 else {"batch_size": run.batch_size // 2, "accumulate": 2 * run.accumulate}
     ),
+    "optimizer=adamw8bit": lambda run: {} if run.optimizer != "adamw" or run.shard else {"optimizer": "adamw8bit"},
+    "offload=true": lambda run: {} if run.offload or run.shard else {"offload": True},
     "lora_rank=64": lambda run: {} if run.lora_rank.get("*") else {"lora_rank": {"*": 64}},
 }
 """What makes a run smaller, from the cheapest to what changes most: the first costs no time, the second a third more,
-the third keeps the gradient but fills the machine less, the last trains adapters alone."""
+the third keeps the gradient but fills the machine less, the fourth rounds the optimiser's state, the fifth waits for
+main memory in every turn, the last trains adapters alone."""
 
 
 def switches(teacher: str | Path, method: str, memory: int, **settings: Any) -> tuple[list[str], Plan] | None:
     """The cheapest of SWITCHES with which the run fits into `memory` bytes, and its plan; None where none suffices.
 
-    Cheaper means: without the dearest switch of the other set. Each set is played, not estimated; all of them first.
+    Cheaper means: without the dearest switch of the other set. All of them are played first, and then the set without
+    each in turn, the dearest first: what is not needed is left out.
     """
     _, run, _ = plan_run(str(teacher), method, ["prompt"], settings)
     changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
 
-    def within(chosen: list[str]) -> Plan | None:
-        found = plan(teacher, method, **{**settings, **{k: v for name in chosen for k, v in changes[name].items()}})
-        return found if found.peak <= memory else None
+    def played(chosen: list[str]) -> Plan:
+        return plan(teacher, method, **{**settings, **{k: v for name in chosen for k, v in changes[name].items()}})
 
-    if not within(list(changes)):
+    chosen = list(changes)
+    if (found := played(chosen)).peak > memory:
         return None
-    sets = ([name for k, name in enumerate(changes) if count >> k & 1] for count in range(2 ** len(changes)))
-    return next((chosen, found) for chosen in sets if (found := within(chosen)))  # the dearest is the highest digit
+    for name in reversed(changes):
+        fewer = [other for other in chosen if other != name]
+        if (tried := played(fewer)).peak <= memory:
+            chosen, found = fewer, tried
+    return chosen, found
 
 
 def parse_bytes(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from onestroke.errors import InputError, read_json, read_text
 from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
+from onestroke.optim import check_optimizer
 from onestroke.pairs import about_pairs, check_pairs, make_pairs
 from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
@@ -104,6 +106,13 @@ def plan_run(
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_machine(run: Settings) -> None:
+    """Refuse what is not installed, or not for several processes. Raises InputError."""
+    check_optimizer(run.optimizer)
+    if run.offload and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("offload=true is for one process; use shard=true for several.")
 
 
 def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
@@ -203,6 +212,7 @@ def distill(
     judged = reward if isinstance(reward, str) else getattr(reward, "__qualname__", type(reward).__qualname__)
     given = settings | ({"reward": judged} if judged else {})
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
+    check_machine(run)
     needs = cls.needs_of({**options(cls), **chosen})
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
     check_pairs(kept, about)

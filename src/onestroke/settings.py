@@ -43,6 +43,8 @@ class Settings:
     solver: str = "dpm++2m"
     """What makes the pairs, one of `onestroke.solvers.SOLVERS`."""
     solver_steps: int = 25
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps its state in 8 bits: a quarter of the memory, and it needs the extra `8bit`."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})
     betas: dict[str, list[float]] = field(default_factory=lambda: {"*": [0.9, 0.999]})
     weight_decay: float = 0.0
@@ -64,6 +66,8 @@ class Settings:
     shard: bool = False
     """Shard players over the processes (FSDP2) instead of replicating them (DDP); with LoRA it needs torch 2.7."""
     gradient_checkpointing: bool = False
+    offload: bool = False
+    """Keep what is idle in main memory: a role comes to the device for its turn, an optimiser's state for its step."""
     save_every: int = 500
     """Rounds between checkpoints; the last round is always saved."""
     log_with: str = "tensorboard"
@@ -88,6 +92,10 @@ class Settings:
             raise InputError(f"settings height={self.height}, width={self.width} go together: pixels, or 0 each.")
         if not 0 <= self.ema < 1:
             raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
+
+        if self.shard and (self.offload or self.optimizer == "adamw8bit"):
+            other = "offload=true" if self.offload else "optimizer=adamw8bit"
+            raise InputError(f"settings shard=true and {other} do not go together; leave one out.")
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from onestroke.denoiser import plain_attention
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
+from onestroke.offload import Offload, main_memory
+from onestroke.optim import begin, make_optimizer
 from onestroke.paths import Cond
 from onestroke.progress import Progress
 from onestroke.settings import Settings
@@ -101,7 +103,7 @@ class Average:
         for k, p in live(self.module).items():
             held = p.detach().clone()
             p.copy_(self.values[k])
-            self.values[k] = held
+            self.values[k].copy_(held)
 
 
 class Trainer:
@@ -109,6 +111,14 @@ class Trainer:
 
     One `prepare` per player (accelerate takes one model per call under FSDP2); the frozen teacher is only moved.
     """
+
+    def home(self, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """What makes the copies of idle tensors, if there is another memory than the device's own."""
+        return None if device.type == "cpu" else main_memory
+
+    def optimizer(self, params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        """The optimiser of one player."""
+        return make_optimizer(self.settings.optimizer, params, **options)
 
     def __init__(self, method: Method, data: Data, settings: Settings, folder: Path | None = None):
         self.method, self.data, self.settings, self.folder = method, data, settings, folder
@@ -124,7 +134,12 @@ class Trainer:
         except ValueError as error:  # an unknown tracker, or a precision this device cannot do
             raise InputError(f"log_with={settings.log_with!r}, precision={settings.precision!r}: {error}") from None
         self.device, self.round, self.seen = self.accelerator.device, 0, 0.0
-        method.to(self.device).train()
+        self.offload = Offload(self.device, self.home(self.device) if settings.offload else None)
+        if self.offload.home is None:
+            method.to(self.device)
+        elif self.accelerator.num_processes > 1:
+            raise InputError("offload=true is for one process; use shard=true for several.")
+        method.train()
         self.optimisers: dict[str, Any] = {}
         self.shell = shell(getattr(method, method.players[0])) if settings.shard else None
         for player in method.players:
@@ -139,19 +154,26 @@ class Trainer:
             wrapped = sharded(module) if settings.shard else prepare(module, device_placement=False)  # it is there
             setattr(method, player, wrapped)
             params = [p for p in wrapped.parameters() if p.requires_grad]
-            self.optimisers[player] = self.accelerator.prepare_optimizer(
-                torch.optim.AdamW(
-                    params,
-                    lr=settings.of("lr", player, 1e-5),
-                    betas=tuple(settings.of("betas", player)),
-                    weight_decay=settings.weight_decay,
-                    foreach=True,
-                )
-            )
-            for p in params:  # made here, so that a checkpoint has the same keys before the first round and after
-                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.optimisers[player].state[p] = {"step": torch.zeros(()), **zeros}
+            rates = {"lr": settings.of("lr", player, 1e-5), "betas": tuple(settings.of("betas", player))}
+            made = self.optimizer(params, weight_decay=settings.weight_decay, **rates)
+            begin(made)
+            self.optimisers[player] = self.accelerator.prepare_optimizer(made, device_placement=False)
         self.average = Average(self.bare(method.players[0]), settings.ema) if settings.ema else None
+        if self.offload.home is not None:
+            self.send_home()
+
+    def send_home(self) -> None:
+        """Let all roles, the optimisers' states and the average lie in main memory until they are needed."""
+        method = self.method
+        for name, role in method.named_children():
+            self.offload.watch(name, role, trained=name in method.players)
+        for player in method.players:
+            states = self.optimisers[player].state.values()
+            self.offload.add(f"{player}.optim", (v for s in states for k, v in s.items() if k != "step"))
+        if self.average:
+            self.offload.add("average", self.average.values.values())
+        for name, value in self.memory().items():
+            setattr(method, name, value.to(self.device))
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of this process in round `step`: its rows of one global batch."""
@@ -170,16 +192,19 @@ class Trainer:
 
     def update(self, player: str) -> None:
         """One optimiser step of one player, and of the average after the first player's."""
+        first = player == self.method.players[0]
         optimiser, module = self.optimisers[player], getattr(self.method, player)
-        if self.settings.clip:
-            self.accelerator.unscale_gradients(optimiser)
-            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], self.settings.clip)
-        for group in optimiser.param_groups:
-            group["lr"] = self.settings.of("lr", player, 1e-5) * self.factor
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if self.average and player == self.method.players[0]:
-            self.average.update()
+        with self.offload.here(player, f"{player}.optim", *(["average"] if first else [])):
+            if self.settings.clip:
+                self.accelerator.unscale_gradients(optimiser)
+                torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], self.settings.clip)
+            for group in optimiser.param_groups:
+                group["lr"] = self.settings.of("lr", player, 1e-5) * self.factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            if self.average and first:
+                self.average.update()
+        self.offload.turn_ends()
 
     def renew(self, player: str, fresh: Mapping[str, Tensor]) -> None:
         """Begin parameters of a player anew: these values, and nothing of them in the optimiser's memory."""
@@ -306,7 +331,7 @@ class Trainer:
             weights, moments = learned(self.bare(player)), self.moments(player)
             if self.average and player == self.method.players[0]:
                 assign(weights, read_tensors(folder / "average.safetensors", weights))
-                self.average = Average(self.bare(player), self.settings.ema)
+                assign(self.average.values, weights)
                 self.average.count = about["average"]
             assign(weights, read_tensors(folder / f"{player}.safetensors", weights))
             assign(moments, read_tensors(folder / f"{player}.optim.safetensors", moments))
@@ -318,6 +343,7 @@ class Trainer:
 
     def finish(self) -> nn.Module:
         """The trained student, unwrapped and in full precision, with the averaged weights in it."""
+        self.offload.end(self.method.players[0])
         if self.average:
             self.average.swap()
         if self.folder is not None:

@@ -7,7 +7,7 @@ import torch
 
 from onestroke.errors import InputError
 from onestroke.methods import get_method
-from onestroke.plan import hollow_teacher, parse_bytes, plan, played, switches, watched
+from onestroke.plan import HollowTrainer, Plan, hollow_teacher, parse_bytes, plan, played, switches, watched
 from onestroke.run import parts_of, plan_run
 from onestroke.teachers import load_teacher
 from onestroke.train import Data, Trainer
@@ -16,6 +16,7 @@ SETTINGS = [
     {"batch_size": 8},
     {"batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}, "ema": 0.0},
     {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
+    {"batch_size": 8, "offload": True},
 ]
 
 
@@ -29,7 +30,8 @@ def lived(folder, method: str, **settings):
         playing = get_method(method)(parts_of(teacher, run), **chosen)
         rows = run.batch_size * run.accumulate
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
-        trainer = Trainer(playing, Data(teacher.shape, cond), run)
+        main = (HollowTrainer, memory) if run.offload else (Trainer,)  # here a copy stands for main memory
+        trainer = main[0](*main[1:], playing, Data(teacher.shape, cond), run)
         trainer.data = Data(teacher.shape, {k: v[: run.batch_size] for k, v in cond.items()})
         return played(trainer, run.accumulate, run.batch_size, memory)
 
@@ -55,6 +57,28 @@ def test_what_each_role_holds(pipeline_folder):
     assert found.peak == found.frozen + sum(found.roles.values()) + found.working
 
 
+def test_the_optimiser_in_8_bits_holds_a_quarter(pipeline_folder):
+    """Of the numbers in large tensors; this tiny network has few."""
+    params = list(load_teacher(pipeline_folder).net.parameters())
+    large = [p.numel() for p in params if p.numel() >= 4096]
+    scales = sum(2 * 4 * -(-n // 256) for n in large)
+    settings = {"batch_size": 1, "ema": 0.0, "lora_rank": {"*": 0}}
+    small = plan(pipeline_folder, "swiftbrush", optimizer="adamw8bit", **settings)
+    counts = sum(12 * n + 4 for p in params if (n := p.numel()))
+    assert large
+    assert counts - small.roles["fake"] == 6 * sum(large) - scales
+    pytest.importorskip("bitsandbytes")
+    assert lived(pipeline_folder, "swiftbrush", optimizer="adamw8bit", **settings).roles == small.roles
+
+
+def test_offload_leaves_one_role_at_a_time(pipeline_folder):
+    """Nothing lies on the device all the time; at the peak it holds the student with its gradient and optimiser."""
+    weights = sum(4 * p.numel() for p in load_teacher(pipeline_folder).net.parameters())
+    small = plan(pipeline_folder, "swiftbrush", batch_size=1, offload=True, lora_rank={"*": 0})
+    assert max(small.roles.values()) < 0.01 * weights, "more than the counts of steps"
+    assert 5 * weights < small.working < 6.5 * weights
+
+
 def test_nothing_is_loaded(pipeline_folder):
     net = hollow_teacher(pipeline_folder).net
     assert {type(p).__name__ for p in net.parameters()} <= {"FakeTensor", "Parameter"}
@@ -62,14 +86,26 @@ def test_nothing_is_loaded(pipeline_folder):
         next(net.parameters()).numpy()
 
 
-def test_the_cheapest_switches_that_fit(pipeline_folder):
-    settings = {"batch_size": 8, "lora_rank": {"*": 0}}
-    peak = plan(pipeline_folder, "swiftbrush", **settings).peak
-    memory = int(0.9 * peak)
-    chosen, found = switches(pipeline_folder, "swiftbrush", memory, **settings)
-    assert chosen
-    assert found.peak <= memory
-    assert switches(pipeline_folder, "swiftbrush", 1000, **settings) is None
+def test_the_cheapest_switches_that_fit(pipeline_folder, monkeypatch):
+    """By a stand-in for the plan: the largest saving comes last, and what is not needed is left out."""
+    saving = {"precision": 1, "gradient_checkpointing": 2, "batch_size": 4, "optimizer": 8, "offload": 16}
+
+    def stand_in(teacher, method, **given):
+        size = 100 - sum(v for k, v in saving.items() if k in given) - 32 * ("lora_rank" in given)
+        return Plan(size, 0, {})
+
+    monkeypatch.setattr("onestroke.plan.plan", stand_in)
+
+    def cheapest(memory: int) -> list[str]:
+        return switches(pipeline_folder, "swiftbrush", memory)[0]
+
+    assert cheapest(99) == ["precision=bf16"]
+    assert cheapest(97) == ["precision=bf16", "gradient_checkpointing=true"]
+    assert cheapest(92) == ["optimizer=adamw8bit"]
+    assert cheapest(90) == ["gradient_checkpointing=true", "optimizer=adamw8bit"]
+    assert cheapest(68) == ["lora_rank=64"]
+    assert len(cheapest(37)) == 6
+    assert switches(pipeline_folder, "swiftbrush", 36) is None
 
 
 def test_on_the_command_line(onestroke, pipeline_folder):
