@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onestroke.errors import DivergedError, ExportError, InputError, OnestrokeError
     from onestroke.exports import export
+    from onestroke.lora import check_lora
     from onestroke.merging import merge
+    from onestroke.nasa import negative_prompt
     from onestroke.run import distill
     from onestroke.student import load_student
     from onestroke.teachers import load_teacher
@@ -21,11 +23,13 @@ _HOMES = {
     "ExportError": "errors",
     "InputError": "errors",
     "OnestrokeError": "errors",
+    "check_lora": "lora",
     "distill": "run",
     "export": "exports",
     "load_student": "student",
     "load_teacher": "teachers",
     "merge": "merging",
+    "negative_prompt": "nasa",
 }
 _MODULES = {"methods", "paths", "teachers", "truth"}
 
@@ -34,11 +38,13 @@ __all__ = [
     "ExportError",
     "InputError",
     "OnestrokeError",
+    "check_lora",
     "distill",
     "export",
     "load_student",
     "load_teacher",
     "merge",
+    "negative_prompt",
 ]
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onestroke.errors import OnestrokeError
+from onestroke.errors import InputError, OnestrokeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -118,13 +118,68 @@ def sample(
     count: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Of a teacher; a student has it built in.")] = 3.0,
+    negative: Annotated[str, typer.Option(help="What a student is to stay away from.")] = "",
+    nasa_scale: Annotated[float, typer.Option(help="How much; beyond 1 pictures degrade.")] = 0.2,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA of the teacher, a safetensors file.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="What it is multiplied by.")] = 1.0,
+    controlnet: Annotated[str | None, typer.Option(help="A ControlNet of the teacher, folder or hub id.")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="The picture that it reads.")] = None,
+    control_scale: Annotated[float, typer.Option(help="What it is multiplied by.")] = 1.0,
     out: Annotated[Path, typer.Option(help="PNG file; one row per prompt.")] = Path("samples.png"),
 ):
     """Draw pictures with a student or a teacher."""
     from onestroke.sample import sample as run
 
-    run(model, prompts, steps=steps, count=count, seed=seed, guidance_scale=guidance_scale, out=out)
+    run(
+        model,
+        prompts,
+        steps=steps,
+        count=count,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        negative=negative,
+        nasa_scale=nasa_scale,
+        lora=lora,
+        lora_scale=lora_scale,
+        controlnet=controlnet,
+        control_image=control_image,
+        control_scale=control_scale,
+        out=out,
+    )
     print(f"pictures: {out}")
+
+
+@app.command()
+def check_lora(
+    student: Annotated[Path, typer.Argument(help="A student's folder.")],
+    lora: Annotated[Path, typer.Argument(help="A LoRA of its teacher, a safetensors file.")],
+    teacher: Annotated[str | None, typer.Option(help="The teacher, if not where it was.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 text, one prompt per line; default: four.")] = None,
+    scale: Annotated[float, typer.Option(help="What the LoRA is multiplied by.")] = 1.0,
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.")] = 2,
+    seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the report there, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """Measure how much of what a LoRA does on the teacher it does on a student."""
+    from onestroke.lora import check_lora as run
+
+    if out is not None and out.exists():
+        raise InputError(f"{out} exists; choose another --out.")
+    found = run(student, lora, teacher=teacher, prompts=prompts, scale=scale, count=count, seed=seed)
+    text = json.dumps(found, indent=2)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+    if as_json:
+        print(text)
+        return
+    table = Table("", "teacher's change", "student's change", "cosine", "mean cosine", "kept")
+    for name in ("pictures", "network"):
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in found[name].values()))
+    console.print(table)
+    console.print("change: over the picture's contrast; mean cosine: of what all pictures share;")
+    console.print("kept: the part of the teacher's shared change that the student's has, 1 is all of it")
 
 
 @app.command()

@@ -124,6 +124,20 @@ def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
     return {k: torch.where(rows.reshape(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
 
 
+PREFIX, SCALE = "negative.", "nasa_scale"
+
+
+def negated(cond: Cond, negative: Cond, scale: float) -> Cond:
+    """`cond` (B, ...) away from `negative`, (1, ...) or (B, ...): the denoiser of a pipeline reads both (see
+    `onestroke.nasa`). Of the negative condition only the text and its mask are read; a scale of 0 is `cond` itself."""
+    if scale == 0:
+        return cond
+    like = next(iter(cond.values()))
+    rows = {PREFIX + k: v.to(like.device) for k, v in negative.items() if k in ("text", "mask")}
+    rows = {k: v.expand(len(like), *v.shape[1:]) for k, v in rows.items()}
+    return {**cond, **rows, SCALE: torch.full((len(like),), float(scale), device=like.device)}
+
+
 class Routed(nn.Module):
     """Several denoisers of one path as one: every row is asked of the one whose number (B,) `router` gives it.
 

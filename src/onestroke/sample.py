@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from onestroke.control import check_control, read_picture
 from onestroke.errors import InputError, read_json
+from onestroke.lora import check_lora_file, put_lora
 from onestroke.student import CARD, SeededNoise, load_student, to_pil
 from onestroke.teachers import load_teacher, locate
 
@@ -26,22 +28,50 @@ def sample(
     count: int = 1,
     seed: int = 0,
     guidance_scale: float = 3.0,
+    negative: str = "",
+    nasa_scale: float = 0.2,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    controlnet: str | Path | None = None,
+    control_image: str | Path | None = None,
+    control_scale: float = 1.0,
     out: str | Path | None = None,
 ) -> list[Image.Image]:
     """Draw `count` pictures of every prompt; write them to `out`, a PNG with one row per prompt, if given.
 
-    Picture j of prompt i uses seed + i count + j. Raises InputError for a model that is neither, or an existing `out`.
+    Picture j of prompt i uses seed + i count + j. negative, nasa_scale: what a student is to stay away from, and how
+    much (see `onestroke.nasa`). lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
+    control_image, control_scale: a ControlNet of the teacher with a student, and the picture it reads. Raises
+    InputError for a model that is neither, or an existing `out`.
     """
     if out is not None and Path(out).exists():
         raise InputError(f"{out} exists; choose another --out.")
     if steps is not None and steps < 1:
         raise InputError(f"--steps {steps} must be at least 1.")
+    if lora is not None:
+        check_lora_file(lora)
+    if (controlnet is None) != (control_image is None):
+        raise InputError("--controlnet and --control-image go together.")
+    if negative and controlnet:
+        raise InputError("--negative and --controlnet do not go together yet; leave one out.")
     every = [p for p in prompts for _ in range(count)]
     if is_student(model):
-        images = load_student(model)(every, seed, steps)
+        if controlnet is not None and control_image is not None:
+            check_control(controlnet)
+            picture = read_picture(control_image)
+        student = load_student(model, lora=lora, lora_scale=lora_scale)
+        if controlnet is not None:
+            images = student.with_controlnet(controlnet)(every, picture, seed, steps, scale=control_scale)
+        else:
+            images = student(every, seed, steps, negative_prompt=negative, nasa_scale=nasa_scale)
     else:
         locate(model)
+        for name, value in (("--negative", negative), ("--controlnet", controlnet)):
+            if value:
+                raise InputError(f"{name} goes with a student; {model} is a teacher.")
         teacher, images = load_teacher(model), []
+        if lora is not None:
+            put_lora(teacher, lora, lora_scale)
         for i in range(0, len(every), 64):
             part = every[i : i + 64]
             noise = SeededNoise(len(part), seed + i).normal(teacher.shape)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onestroke.denoiser import Routed
+from onestroke.denoiser import PREFIX, Routed
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.run import Recipe
@@ -35,7 +35,7 @@ def summary(cond: Cond) -> Tensor:
     rows = []
     for key in sorted(cond):
         value = cond[key]
-        if value.is_floating_point() and value.ndim > 1:
+        if value.is_floating_point() and value.ndim > 1 and not key.startswith(PREFIX):
             tokens = value.flatten(1, -2) if value.ndim > 2 else value[:, None]
             there = (tokens != 0).any(-1, keepdim=True)
             rows.append((tokens * there).sum(1) / there.sum(1).clamp_min(1))
@@ -126,7 +126,7 @@ def distill_several(
 def load_several(folder: Path, **speed: Any) -> Student:
     """The students of a folder as one, which asks for each prompt the student that the router names.
 
-    speed: as in `load_student`. Raises InputError for a part that is missing or does not fit.
+    speed: as in `load_student`, its lora too. Raises InputError for a part that is missing or does not fit.
     """
     card, file = read_json(folder / CARD), folder / ROUTER
     try:

@@ -7,18 +7,24 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from onestroke.denoiser import negated
 from onestroke.errors import InputError, read_json
+from onestroke.lora import check_lora_file, put_lora
+from onestroke.nasa import check_steerable
 from onestroke.paths import Cond
 from onestroke.roles import adapters, merged
 from onestroke.sampling import FewStep
 from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
+
+if TYPE_CHECKING:
+    from onestroke.control import Controlled
 
 CARD = "onestroke.json"
 LORA = "lora"  # the folder of a student's adapters, in its own
@@ -108,15 +114,40 @@ class Student:
         return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
 
     def __call__(
-        self, prompts: str | list[str], seed: int = 0, steps: int | None = None, batch_size: int = 64
+        self,
+        prompts: str | list[str],
+        seed: int = 0,
+        steps: int | None = None,
+        batch_size: int = 64,
+        negative_prompt: str = "",
+        nasa_scale: float = 0.2,
     ) -> list[Image.Image]:
-        """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number."""
+        """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number.
+
+        negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.nasa`); beyond 1 pictures
+        degrade. Raises InputError where the network cannot be steered.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = []
+        steer, images = bool(negative_prompt) and nasa_scale != 0, []
+        if steer:
+            for net in self.model.net.modules():
+                if hasattr(net, "call"):
+                    check_steerable(getattr(net, self.model.part))
         for i in range(0, len(prompts), batch_size):
             cond = self.model.encode(prompts[i : i + batch_size])
+            if steer:
+                cond = negated(cond, self.model.encode([negative_prompt]), nasa_scale)
             images += to_pil(self.model.decode(self.latents(cond, seed + i, steps)))
         return images
+
+    def with_controlnet(self, control: str | Path | nn.Module) -> Controlled:
+        """This student under a ControlNet of its teacher: a folder, a hub id or a loaded one. Call what it returns with
+        prompts and a picture. Raises InputError for a ControlNet of another base, and for several students."""
+        from onestroke.control import Controlled
+
+        if self.card.get("students", 1) > 1:
+            raise InputError("a ControlNet goes with one student; load one of these, student-0 for example.")
+        return Controlled(self, control)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -142,20 +173,28 @@ def load_student(
     compile: bool = False,
     channels_last: bool = False,
     tiny_decoder: str | Path | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Student:
     """Read a student written by `distill`, or exported to diffusers. Raises InputError for a folder that is none.
 
     For speed: compile, run the network through torch.compile (the first call of a batch size takes minutes);
     channels_last, keep convolution weights in that order; tiny_decoder, the folder or hub id of an AutoencoderTiny of
     the same latents (for Stable Diffusion, madebyollin/taesd), which draws in a fraction of the time and less finely.
+    lora: a LoRA of the teacher, a safetensors file, that is added to the weights times lora_scale.
     """
     folder = Path(folder)
+    if lora is not None:
+        check_lora_file(lora)
     if (folder / ROUTER).is_file():
         from onestroke.several import load_several
 
-        return load_several(folder, compile=compile, channels_last=channels_last, tiny_decoder=tiny_decoder)
+        speed: dict[str, Any] = {"compile": compile, "channels_last": channels_last, "tiny_decoder": tiny_decoder}
+        return load_several(folder, **speed, lora=lora, lora_scale=lora_scale)
     card = read_card(folder)
     model = PipelineTeacher.load(folder, size=card.get("size"))
+    if lora is not None:
+        put_lora(model, lora, lora_scale)
     if tiny_decoder is not None:
         model.pipeline.register_modules(vae=read_tiny_decoder(tiny_decoder, model.shape[0]).to(model.device))
     if channels_last:

@@ -30,12 +30,15 @@ PUBLIC = [
     "ExportError",
     "InputError",
     "OnestrokeError",
+    "check_lora",
     "distill",
     "export",
     "load_student",
     "load_teacher",
     "merge",
+    "negative_prompt",
 ]
+STEER = ["--negative", "--nasa-scale", "--lora", "--lora-scale", "--controlnet", "--control-image", "--control-scale"]
 COMMANDS = {
     "demo": ["--out"],
     "distill": [
@@ -52,7 +55,8 @@ COMMANDS = {
         "--resume",
     ],
     "plan": ["TEACHER", "--method", "--batch-size", "--resolution", "--memory", "--set", "--json"],
-    "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--out"],
+    "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", *STEER, "--out"],
+    "check-lora": ["STUDENT", "LORA", "--teacher", "--prompts", "--scale", "--count", "--seed", "--out", "--json"],
     "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],
     "merge": ["STUDENTS", "--out", "--weight"],
     "methods": ["--json", "--check", "--seconds", "--case"],

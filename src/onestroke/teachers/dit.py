@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from onestroke.denoiser import Denoiser, plain_attention, tapped
+from onestroke.nasa import steered
 from onestroke.paths import Flow, Prediction, Table
 from onestroke.teachers.calls import Call, clock
 
@@ -32,8 +33,9 @@ class DiTDenoiser(Denoiser):
     def predict(self, x, t, cond):
         dtype = next(self.transformer.parameters()).dtype
         with plain_attention(x), tapped(self.transformer, self.taps, tokens) as features:
-            out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
-        return self.call.answer(out, x.shape[1:]), tuple(features)
+            with steered(self.transformer, self.call, cond):
+                out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
+        return self.call.answer(out, x.shape[1:]), tuple(f[: len(x)] for f in features)
 
 
 def block_names(net: nn.Module) -> list[str]:

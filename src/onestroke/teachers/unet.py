@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from onestroke.denoiser import Denoiser, plain_attention, tapped
+from onestroke.nasa import steered
 from onestroke.paths import Flow, Prediction, Table
 from onestroke.teachers.calls import Call, clock
 
@@ -28,5 +29,6 @@ class UNetDenoiser(Denoiser):
     def predict(self, x, t, cond):
         dtype = next(self.unet.parameters()).dtype
         with plain_attention(x), tapped(self.unet, self.taps) as features:
-            out = self.unet(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
-        return self.call.answer(out, x.shape[1:]), tuple(features)
+            with steered(self.unet, self.call, cond):
+                out = self.unet(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
+        return self.call.answer(out, x.shape[1:]), tuple(f[: len(x)] for f in features)

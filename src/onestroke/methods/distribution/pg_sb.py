@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
-from onestroke.denoiser import dropped
+from onestroke.denoiser import Guided, dropped, negated
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
 
@@ -18,7 +18,10 @@ class PGSB(Method):
     law at which it vanishes for every scale is the teacher's. The run's guidance_scale is not read.
 
     min_scale, max_scale: published 0.5 and 4 for Stable Diffusion 1.5 and 2.1, 0.5 and 3 for PixArt-alpha. lo, hi,
-    null_rate, alpha_power: as in SwiftBrush. Ours: without SwiftBrush v2's CLIP reward.
+    null_rate, alpha_power: as in SwiftBrush. negatives: prompts separated by ";", published ten thousand, by default
+    none. With them it is NASA-T: the student draws away from one of them, as strongly as a number drawn in every round
+    from 0 to 1 says (see `onestroke.nasa`), and it takes the place of the empty prompt in the guidance of the teacher
+    alone. Ours: without SwiftBrush v2's CLIP reward.
     Published settings: AdamW 1e-6 for the student and 1e-3 for the LoRA of rank 64.
     """
 
@@ -41,21 +44,31 @@ class PGSB(Method):
         hi: float = 0.98,
         null_rate: float = 0.1,
         alpha_power: float = 2.0,
+        negatives: str = "",
     ):
         super().__init__(parts)
         self.student, self.fake, self.teacher = parts.student, parts.copy("fake"), parts.teacher
-        self.few, self.path, self.guide, self.null = parts.few, parts.path, parts.guide, parts.null
+        self.few, self.path, self.null = parts.few, parts.path, parts.null
         self.min_scale, self.max_scale = min_scale, max_scale
         self.lo, self.hi, self.null_rate, self.alpha_power = lo, hi, null_rate, alpha_power
 
+        texts = [text.strip() for text in negatives.split(";") if text.strip()]
+        self.count, self.negatives = len(texts), parts.prompts(texts) if texts else parts.null
+
     def step(self, batch: Batch, step: int):
         cond, draw = batch.cond, batch.draw
-        x = self.few.sample(self.student, batch.noise, cond)
+        told, away = cond, self.null
+        if self.count:
+            rows = (draw.uniform() * self.count).long()
+            away = {k: v[rows.to(v.device)] for k, v in self.negatives.items()}
+            told = negated(cond, away, draw.shared())
+        x = self.few.sample(self.student, batch.noise, told)
         t = times.uniform(draw, self.path, self.lo, self.hi)
         xt = self.path.mix(x, draw.normal(x), t)
         scale = self.min_scale + (self.max_scale - self.min_scale) * draw.shared()
         with torch.no_grad():
-            real, fake = (self.guide(net, scale)(xt, t, cond) for net in (self.teacher, self.fake))
+            nets = ((self.teacher, away), (self.fake, self.null))
+            real, fake = (Guided(net, scale, null)(xt, t, cond) for net, null in nets)
         sigma = like(self.path.unit_ab(t)[1], x)
         yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
 

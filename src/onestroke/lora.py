@@ -1,0 +1,161 @@
+"""The teacher's LoRAs on a student: put on, and `check_lora`: how much of their effect is left there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onestroke.errors import InputError
+from onestroke.run import read_prompts
+
+if TYPE_CHECKING:
+    from onestroke.student import Student
+    from onestroke.teachers.pipeline import PipelineTeacher
+
+PROMPTS = ["a red apple", "a cat on a mat", "an old house by a river", "a bunch of flowers"]
+
+
+def check_lora_file(file: str | Path) -> Path:
+    """Refuse what is no safetensors file of LoRA weights, from its head alone. Raises InputError."""
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f"no such file: {file}; give a LoRA as a .safetensors file.")
+    try:
+        with safe_open(file, framework="pt") as found:
+            keys = list(found.keys())
+    except (SafetensorError, OSError):
+        raise InputError(f"{file} is not a safetensors file; pickles can run code and are never read.") from None
+    if not any("lora" in key for key in keys):
+        raise InputError(f"{file} holds no LoRA: none of its {len(keys)} tensors is named so.")
+    return file
+
+
+def layers_of(model: PipelineTeacher, file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in, ...) of the network's layers that a LoRA changes, by name. Raises InputError for none."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    if not hasattr(model.pipeline, "lora_state_dict"):
+        raise InputError(f"diffusers puts no LoRA weights on a {type(model.pipeline).__name__}.")
+    try:
+        read = model.pipeline.lora_state_dict(str(file.parent), weight_name=file.name, local_files_only=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{file} is LoRA in a form that diffusers does not read: {error}") from None
+    state: Mapping[str, Tensor] = read[0] if isinstance(read, tuple) else read
+    own = {k.removeprefix(f"{model.part}."): v for k, v in state.items() if k.startswith(f"{model.part}.")}
+    if own and not any("lora_A" in k for k in own):
+        own = convert_unet_state_dict_to_peft(own)
+    found = {}
+    for key, down in own.items():
+        name, sign, rest = key.partition(".lora_A")
+        if sign and (up := own.get(f"{name}.lora_B{rest}")) is not None:
+            found[name] = (len(up), *down.shape[1:])
+    if not found:
+        raise InputError(f"{file} holds no LoRA of a {model.part}.")
+    return found
+
+
+def put_lora(model: PipelineTeacher, file: str | Path, scale: float = 1.0) -> None:
+    """Add a LoRA, times `scale`, to the weights of a pipeline, for good.
+
+    Raises InputError for what is no LoRA in safetensors, or one of another base: before any weight is changed.
+    """
+    file = check_lora_file(file)
+    network = getattr(model.pipeline, model.part)
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in network.named_parameters()}
+    for name, shape in layers_of(model, file).items():
+        if name not in shapes or shapes[name][:2] != shape[:2]:
+            there = f"{name!r} of shape {shape[:2]}"
+            here = f"has there {shapes[name][:2]}" if name in shapes else "has no such layer"
+            raise InputError(f"{file} is LoRA of another base: it changes {there}, and this {model.part} {here}.")
+    model.restore()
+    pipeline = model.pipeline
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="given")
+        pipeline.fuse_lora(lora_scale=scale)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{file} is LoRA of another base: {str(error).splitlines()[0]}") from None
+    pipeline.unload_lora_weights()
+    network.requires_grad_(False)
+
+
+# ---- how much of it is left ------------------------------------------------------------------------------------------
+
+
+def measures(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> dict[str, float | None]:
+    """What a LoRA does to pictures (N, ...) of the teacher and of the student; see `check_lora`."""
+    rows = [tuple(v.flatten(1).double() for v in pair) for pair in (teacher, student)]
+    changes = [after - before for before, after in rows]
+    spreads = [(before - before.mean(1, keepdim=True)).norm() for before, _ in rows]
+    found: dict[str, float | None] = {
+        name: (change.norm() / spread.clamp_min(1e-12)).item()
+        for name, change, spread in zip(("teacher_change", "student_change"), changes, spreads, strict=True)
+    }
+    (one, two), (mean, other) = changes, [change.mean(0) for change in changes]
+    if not mean.norm() or not other.norm():
+        return {**found, "cosine": None, "mean_cosine": None, "kept": None if not mean.norm() else 0.0}
+    found["cosine"] = torch.cosine_similarity(one, two).mean().item()
+    found["mean_cosine"] = torch.cosine_similarity(mean, other, dim=0).item()
+    found["kept"] = ((mean @ other) / (mean @ mean)).item()
+    return found
+
+
+def check_lora(
+    student: str | Path | Student,
+    lora: str | Path,
+    *,
+    teacher: str | None = None,
+    prompts: str | Path | list[str] | None = None,
+    scale: float = 1.0,
+    count: int = 2,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+) -> dict[str, Any]:
+    """How much of what a LoRA does on the teacher it does on the student. No download and no judge is needed.
+
+    Both draw `count` pictures of every prompt, from the same noise, without the LoRA and with it; the teacher by its
+    own sampler in `steps` steps under `guidance_scale`. Of the pictures, in [0, 1], and of the two networks' x0 at the
+    student's own first input ("network"), where both see exactly the same:
+
+    teacher_change, student_change: the norm of the change over that of the picture's contrast. cosine: between the two
+    changes of a picture, on average. mean_cosine: between the changes averaged over all pictures: what the LoRA does
+    to each, its style. kept: the part of the teacher's average change that the student's has, its projection; 1 is all
+    of it, 0 none, more than 1 too much. None where the LoRA changes nothing.
+
+    teacher: where it is, if not where it was. Raises InputError: before anything heavy is loaded for what is no student
+    and no LoRA, and for a LoRA or a teacher of another base.
+    """
+    from onestroke.exports import base_of, find_base
+    from onestroke.student import SeededNoise, Student, load_student, read_card
+
+    file, asked = check_lora_file(lora), PROMPTS if prompts is None else read_prompts(prompts)
+    if min(count, steps) < 1 or scale == 0:
+        raise InputError(f"count={count} and steps={steps} must be at least 1, and scale={scale} not 0.")
+    if not isinstance(student, Student):
+        find_base(read_card(Path(student)), teacher)
+        student = load_student(student)
+    model, base = student.model, base_of(student, teacher)
+    every = [p for p in asked for _ in range(count)]
+    noise = SeededNoise(len(every), seed).normal(model.shape)
+
+    @torch.no_grad()
+    def drawn() -> dict[str, tuple[Tensor, Tensor]]:
+        cond, t = model.encode(every), student.few.time(0, noise)
+        first = student.few.input(noise)
+        pictures = base.draw(noise, every, steps, guidance_scale), model.decode(student.latents(cond, seed))
+        network = base.net(first, t, base.encode(every)).x0, model.net(first, t, cond).x0
+        return {"pictures": pictures, "network": network}
+
+    before = drawn()
+    for side in (base, model):
+        put_lora(side, file, scale)
+    after = drawn()
+    found = {k: measures((before[k][0], after[k][0]), (before[k][1], after[k][1])) for k in before}
+    about = {"lora": str(file), "scale": scale, "student": str(student.folder), "teacher": base.name}
+    how = {"prompts": asked, "count": count, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    return {**about, **found, **how}
