@@ -38,8 +38,8 @@ class Draws:
         rows = torch.randn((self.total, *shape), generator=self.generator(), device=self.device, dtype=dtype)
         return rows[self.offset : self.offset + self.size]
 
-    def uniform(self, lo: float = 0.0, hi: float = 1.0) -> Tensor:
-        """(B,) float64, uniform in [lo, hi)."""
+    def uniform(self, lo: float | Tensor = 0.0, hi: float | Tensor = 1.0) -> Tensor:
+        """(B,) float64, uniform in [lo, hi), one or (B,) each."""
         rows = torch.rand(self.total, generator=self.generator(), device=self.device, dtype=torch.float64)
         return lo + (hi - lo) * rows[self.offset : self.offset + self.size]
 

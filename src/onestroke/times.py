@@ -12,9 +12,10 @@ RAMP = EDM()
 """The ramp of noise levels that `karras` is uniform on: sigma from 0.002 to 80, rho = 7."""
 
 
-def uniform(draw: Draws, path: Path, lo: float = 0.0, hi: float = 1.0) -> Tensor:
-    """(B,) float64, uniform in [lo, hi] of unit time, inside the path's own range."""
-    return path.snap(draw.uniform(max(lo, path.t_min), min(hi, path.t_max)))
+def uniform(draw: Draws, path: Path, lo: float | Tensor = 0.0, hi: float | Tensor = 1.0) -> Tensor:
+    """(B,) float64, uniform in [lo, hi] of unit time, one or (B,) each, inside the path's own range."""
+    first, last = (torch.as_tensor(v, dtype=torch.float64) for v in (lo, hi))
+    return path.snap(draw.uniform(first.clamp_min(path.t_min), last.clamp_max(path.t_max)))
 
 
 def straight(draw: Draws, path: Path, lo: float = 0.0, hi: float = 1.0, ends: float = 0.0) -> Tensor:

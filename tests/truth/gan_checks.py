@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import softplus
 
 from onestroke.method import Batch, Parts
-from onestroke.paths import EDM, Estimate
+from onestroke.paths import EDM, Estimate, Path
 from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.truth import converge, ring
@@ -34,7 +34,11 @@ class ExactCritic(torch.nn.Module):
 
 @dataclass(frozen=True)
 class WithCritic(Parts):
-    """Parts whose critic is the stand-in."""
+    """Parts whose critic is the stand-in, whose logit is its one feature."""
+
+    @property
+    def bottleneck(self):
+        return -1
 
     def critic(self, role):
         return ExactCritic(self.copy(role), self.teacher)
@@ -89,14 +93,14 @@ def fake_gan_is_softplus(cls, path, a, b, weight: float, **options):
     close(gain[0], weight * ((fake * torch.sigmoid(fake)).mean() - (real * torch.sigmoid(-real)).mean()))
 
 
-def steps_help(method: str, **settings) -> None:
+def steps_help(method: str, path: Path | None = None, rounds: int = 150, **settings) -> None:
     """On a ring without labels, which one step cannot cut apart, two steps end nearer to the truth than one does.
 
-    150 rounds for each step to learn.
+    rounds: for each step to learn.
     """
-    labelled = ring(EDM())
-    teacher = GaussianMixture(EDM(), labelled.means, labelled.std)
+    labelled = ring(path or EDM())
+    teacher = GaussianMixture(path or EDM(), labelled.means, labelled.std)
     settings = {"batch_size": 256, "seconds": 600, **settings}
-    one, two = (converge(method, teacher, student_steps=k, steps=150 * k, **settings) for k in (1, 2))
+    one, two = (converge(method, teacher, student_steps=k, steps=rounds * k, **settings) for k in (1, 2))
     assert two.sliced_w2 < 0.8 * one.sliced_w2
     assert two.sliced_w2 < 0.3 * two.start
