@@ -173,8 +173,8 @@ class Method(nn.Module, ABC):
     with the paper's default. (7) `players`, `needs` and `passes` are true.
     """
 
-    players: ClassVar[tuple[str, ...]]
-    """Attributes that are trained, in the order of play."""
+    players: tuple[str, ...]
+    """Attributes that are trained, in the order of play; an instance whose options need no more may have fewer."""
     targets: ClassVar[tuple[str, ...]] = ()
     """Attributes that follow the student without training (see `follow`); they are saved and resumed."""
     needs: ClassVar[frozenset[str]] = frozenset()

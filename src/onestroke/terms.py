@@ -119,6 +119,11 @@ def checked_distance(name: str) -> str:
     return name
 
 
+def apart(x: Tensor, y: Tensor, path: Path, t: Tensor, distance: str = "l2") -> Tensor:
+    """(B,): one of DISTANCES between states x and y (B, *D) at t, scaled to the variance-preserving path."""
+    return DISTANCES[distance]((x - y) / like(torch.hypot(*path.ab(t)), x))
+
+
 @torch.no_grad()
 def endpoint(net: nn.Module, path: Path, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """Where a consistency function says the trajectory through x (B, *D) at s (B,) ends: its x0, without gradient.

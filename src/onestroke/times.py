@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from onestroke.draws import Draws
+from onestroke.errors import InputError
 from onestroke.paths import EDM, Path
 
 RAMP = EDM()
@@ -79,6 +82,39 @@ def normal_neighbours(draw: Draws, path: Path, grid: Tensor, mean: float, std: f
     i = torch.searchsorted(level, mean + std * torch.special.ndtri(draw.uniform(first, last)))
     i = i.clamp(1, len(grid) - 1)
     return grid[i], grid[i - 1]
+
+
+def cut(path: Path, edges: Sequence[float], count: int) -> Tensor:
+    """`count` + 1 times, increasing float64: the spans between `edges` (increasing) in as many parts each.
+
+    Raises InputError where there are not as many in each, or a teacher has fewer times.
+    """
+    spans = len(edges) - 1
+    if count < 1 or count % spans:
+        raise InputError(f"a grid of {count} steps has no {spans} equal segments; take a multiple of {spans}.")
+    corners = torch.tensor(edges, dtype=torch.float64)
+    share = torch.arange(count, dtype=torch.float64) / (count // spans)
+    low = share.long()
+    grid = path.snap(torch.cat([corners[low].lerp(corners[low + 1], share - low), corners[-1:]]))
+    if len(grid.unique()) <= count:
+        raise InputError(f"a grid of {count} steps has more of them than the teacher has times.")
+    return grid
+
+
+def halvings(last: int, **first: int) -> list[int]:
+    """The one number given by name, halved down to `last`. Raises InputError where it is not `last` doubled."""
+    ((name, start),) = first.items()
+    found = [last << k for k in range(max(start, 1).bit_length()) if last << k <= start]
+    if not found or found[-1] != start:
+        raise InputError(f"{name}={start} must be the student's {last} step(s) doubled some times.")
+    return found[::-1]
+
+
+def segment(edges: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Of increasing `edges` (M + 1,) the last below t (B,), and the first that is not."""
+    edges = edges.to(t.device).contiguous()
+    i = torch.searchsorted(edges, t.contiguous())
+    return edges[i - 1], edges[i]
 
 
 def nearer(path: Path, t: Tensor, share: Tensor) -> Tensor:
