@@ -99,6 +99,11 @@ class Path(ABC):
         x0 = like(q / det, x) * x - like(b / det, x) * out
         return Estimate(x0, like(a / det, x) * out - like(p / det, x) * x)
 
+    def diffuse(self, x: Tensor, s: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The state at t (B,) of x (B, *D) at s <= t, the rest of the noise by eps (B, *D): its law is that of x_t."""
+        (a, b), (c, d) = self.ab(t), self.ab(s)
+        return like(a / c, x) * x + like((b**2 - (a * d / c) ** 2).clamp_min(0).sqrt(), x) * eps
+
     def through(self, x: Tensor, t: Tensor, y: Tensor, s: Tensor) -> Estimate:
         """The (x0, eps) that mix to x (B, *D) at t and to y at s: what one DDIM step from x to y implies."""
         (a, b), (p, q) = self.ab(t), self.ab(s)

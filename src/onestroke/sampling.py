@@ -26,12 +26,15 @@ class FewStep:
     gives it b(t), zero signal (SiD, SiD-LSG).
     renoise: the noise of the later calls. "fresh": drawn anew (DMD2, LCM); "fixed": the first one; "implied": the
     student's own estimate, a DDIM step (TDM). The names are those of few-step SiD (arXiv 2505.12674).
+    eta: how far fresh noise reaches back. The call leads to the time (1 - eta) t before the next one, t, and noise goes
+    on from there: 1 from the data, 0 as "implied" (TCD's strategic stochastic sampling, arXiv 2402.19159).
     """
 
     path: Path
     times: tuple[float, ...] = (1.0,)
     start: Literal["unit", "noise"] = "unit"
     renoise: Literal["fresh", "fixed", "implied"] = "fresh"
+    eta: float = 1.0
 
     def input(self, noise: Tensor) -> Tensor:
         """The student's first input (B, *D) from standard-normal noise (B, *D)."""
@@ -70,7 +73,12 @@ class FewStep:
                 if draw is None:
                     raise ValueError("sampling in more than one step needs `draw`, the source of the fresh noise.")
                 fresh = draw.normal(est.x0)
-            xs.append(self.path.mix(est.x0, fresh, self.time(k + 1, noise)))
+            t = self.time(k + 1, noise)
+            x = self.path.mix(est.x0, fresh, t)
+            if self.renoise == "fresh" and self.eta < 1:
+                s = self.path.snap((1 - self.eta) * t)
+                x = self.path.diffuse(self.path.mix(est.x0, est.eps, s), s, fresh, t)
+            xs.append(x)
         return xs
 
     def sample(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):

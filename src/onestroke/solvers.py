@@ -24,6 +24,11 @@ NOISIEST = 4096.0
 """The largest noise level b / a that a solver starts from: log(b / a) must be finite. diffusers' own limit."""
 
 
+def noisiest(path: Path) -> float:
+    """The time at which the noise level is NOISIEST, which some paths do not reach."""
+    return path.time_of(torch.tensor(-math.log(NOISIEST), dtype=torch.float64)).item()
+
+
 class Run(NamedTuple):
     """A scheduler set for one trajectory."""
 
@@ -42,12 +47,12 @@ class Solver:
 def trajectory(net: nn.Module, path: Path, x: Tensor, times: Sequence[float], cond: Cond, solver: str) -> list[Tensor]:
     """The states x_t (B, *D) at all of `times` (decreasing, noise level positive), from x at the first.
 
-    net: a denoiser on `path`. Raises InputError for an unknown solver.
+    net: a denoiser on `path`, which is read at noise levels up to NOISIEST. Raises InputError for an unknown solver.
     """
     if solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
     space, start = SOLVERS[solver].space, SOLVERS[solver].start
-    t = torch.tensor(times, dtype=torch.float64)
+    t = torch.tensor(times, dtype=torch.float64).clamp_max(noisiest(path))
     if len(t) < 2:
         return [x]
     a, b = path.ab(t)
@@ -83,11 +88,41 @@ def levels(path: Path, steps: int) -> list[float]:
     """
     if steps < 1:
         raise InputError(f"a solver needs at least 1 step, not {steps}.")
-    noisiest = path.time_of(torch.tensor(-math.log(NOISIEST), dtype=torch.float64)).item()
-    first = min(path.t_max, noisiest)
+    first = min(path.t_max, noisiest(path))
     ends = RAMP.time_of(path.log_snr(torch.tensor([first, path.t_min], dtype=torch.float64))).clamp_max(1.0)
     ramp = path.time_of(RAMP.log_snr(torch.linspace(ends[0], ends[1], steps, dtype=torch.float64)))
     return [first, *ramp[1:-1].tolist(), path.t_min][:steps]
+
+
+# ---- single steps, every row between times of its own --------------------------------------------------------
+
+
+def euler(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """x_s (B, *D) from x at t (B,) to s (B,) by one call of `net`: the DDIM step."""
+    est = net(x, t, cond)
+    return path.mix(est.x0, est.eps, s)
+
+
+def heun(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """As `euler`, by the trapezoid rule over b / a, two calls (arXiv 2206.00364, algorithm 1).
+
+    From noise levels beyond the ramp's end, which may be infinite, the step is Euler's.
+    """
+    est = net(x, t, cond)
+    end = path.mix(est.x0, est.eps, s)
+    (a, b), rho = path.ab(s), (-path.log_snr(t)).exp()
+    gap = torch.where(rho > 1.001 * RAMP.sigma_max, 0.0, b / a - rho)
+    return end + like(a * gap / 2, x) * (net(end, s, cond).eps - est.eps)
+
+
+def jump(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """As `euler`, for rows that may have arrived: where t = s it is x itself, whatever `net` says."""
+    there = euler(net, path, x, t.clamp_min(path.t_min), s, cond)
+    return torch.where(like(t - s, x) > 0, there, x)
+
+
+STEPS: dict[str, Callable[[nn.Module, Path, Tensor, Tensor, Tensor, Cond], Tensor]] = {"euler": euler, "heun": heun}
+"""By name: (net, path, x, t, s, cond) -> x_s."""
 
 
 # ---- diffusers' schedulers -----------------------------------------------------------------------------------

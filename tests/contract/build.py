@@ -29,18 +29,25 @@ ROWS = 24
 PHASES: dict[str, dict[str, Any]] = {
     "disback": {"prelude": 2, "record": 1, "interval": 1},
     "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
+    "hyper-sd": {"stage_steps": 1},
     "instaflow": {"straighten": 2},
+    "mlcm": {"stage_steps": 1},
     "progressive": {"start": 4, "stage_steps": 1},
     "slimflow": {"anneal": 2, "straighten": 1},
 }
 """Options of methods in phases with which four rounds play all of them."""
 SHORT: dict[str, dict[str, Any]] = {
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
+    "hyper-sd": {"grid": 16, "stage_steps": 0},
     "instaflow": {"straighten": 0},
+    "mlcm": {"stage_steps": 0},
+    "pcm": {"grid": 12},
     "progressive": {"start": 16, "stage_steps": 0},
     "slimflow": {"anneal": 0, "straighten": 0},
+    "tcd": {"grid": 12},
 }
-"""Options of methods in phases for a run whose rounds are known: recipes/exact is for one that ends by the clock."""
+"""Options of methods in phases, or of long chains of steps, for a run whose rounds are known and few: recipes/exact is
+for one that ends by the clock."""
 
 
 class WideData(Data):

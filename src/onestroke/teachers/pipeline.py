@@ -399,7 +399,8 @@ class PipelineTeacher:
     def student_scheduler(self, few: FewStep) -> Any:
         """The scheduler that calls a network as `few` does. Raises InputError where there is none."""
         steps, path, config = len(few.times), self.path, self.pipeline.scheduler.config
-        if few.start != "unit" or few.times != path.grid(steps) or (steps > 1 and few.renoise == "fixed"):
+        other = few.renoise == "fixed" or (few.renoise == "fresh" and few.eta < 1)
+        if few.start != "unit" or few.times != path.grid(steps) or (steps > 1 and other):
             raise InputError(
                 f"times {few.times} from {few.start!r} noise, then {few.renoise!r}, have no standard scheduler."
             )

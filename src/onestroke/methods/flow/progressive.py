@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from onestroke import terms
+from onestroke import terms, times
 from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn, follow
 from onestroke.paths import like
@@ -40,9 +40,7 @@ class Progressive(Method):
         self.path, self.guide, final = parts.path, parts.guide, len(parts.few.times)
         if final > 1 and parts.few.renoise != "implied":
             raise InputError("a student of DDIM steps needs renoise=implied.")
-        self.stages = [n for n in (start >> k for k in range(start.bit_length())) if n >= final]
-        if not self.stages or start != final << (len(self.stages) - 1):
-            raise InputError(f"start={start} must be the student's {final} step(s) doubled some times.")
+        self.stages = times.halvings(final, start=start)
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
         if (
             len(set(parts.path.snap(torch.tensor(parts.path.grid(2 * start), dtype=torch.float64)).tolist()))

@@ -1,0 +1,173 @@
+"""Hyper-SD: segments that halve, jumps within them, the adversary's share and the reward, against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onestroke.errors import InputError
+from onestroke.methods.consistency.hyper_sd import HyperSD
+from truth import segment_checks as checks
+from truth.adversarial_checks import C, W
+from truth.checks import close, make_path
+from truth.segment_checks import PATHS, SLOW, STUDENT, Line
+from truth.test_mutants import broken
+
+each = pytest.mark.parametrize("name", PATHS)
+PLAIN = {"gan_weight": 0.0, "grid": 8, "segments": 4, "stage_steps": 1}
+WHOLE = {**PLAIN, "whole": 1.0}
+U = 0.6
+
+
+@each
+def test_the_exact_map_to_the_end_of_each_segment_is_the_fixed_point(name):
+    for stage, width in ((0, 2), (1, 4), (2, 8), (9, 8)):
+        edges = lambda method, width=width: method.grid[::width]  # noqa: E731
+        checks.rests_at_the_exact_map(HyperSD, make_path(name), stage, edges, **WHOLE)
+
+
+@each
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_composed_gain_does_not_depend_on_the_segments(name, stage):
+    checks.composes(HyperSD, make_path(name), lambda method: method.grid[:: 2 << stage], step=stage, **WHOLE)
+
+
+def hand(path, method, student, slow, x0, z, width=4):
+    """Ends the part U from the segment's end to the lower state, and what there is by hand."""
+    xt, t, s = checks.states(method, path, x0, z)
+    low, high = (method.grid[i::width][: 8 // width].repeat_interleave(width) for i in (0, width))
+    end = path.snap(low + U * (s - low))
+    return xt, end, (t - end) / (high - low), checks.hand_loss(path, xt, t, s, end, student, slow)
+
+
+def regression(cls, path, weight=0.0):
+    """Value and gradient typed by hand, in the second of three stages: 2 segments."""
+    student, slow = Line(path, *STUDENT), Line(path, *SLOW)
+    method = checks.made(cls, path, student, slow=slow, **{**PLAIN, "gan_weight": weight})
+    turns, x0, z = checks.play(method, [0.5, U], step=1)
+    _, _, far, (loss, *_) = hand(path, method, student, slow, x0, z)
+    checks.same_gradient(turns[0].terms["consistency"], ((1 - weight * far) * loss[:, 0]).mean(), student)
+    assert turns[0].follow == {"slow": 0.95}
+    assert [turn.player for turn in turns] == ["student", "heads"][: 1 + bool(weight)]
+
+
+@each
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_regression_is_the_typed_one(name, weight):
+    regression(HyperSD, make_path(name), weight)
+
+
+def adversary(cls, path, u=0.25):
+    """By the part of its segment that it crosses, a jump must pass for real at a level between its two ends."""
+    student, slow = Line(path, *STUDENT), Line(path, *SLOW)
+    method = checks.made(cls, path, student, slow=slow, **{**PLAIN, "gan_weight": 0.5})
+    normals = [checks.noise(8, seed) for seed in (1, 2, 3)]
+    turns, x0, z = checks.play(method, [0.5, U, u], step=1, normals=list(normals))
+    _, end, far, (_, here, _) = hand(path, method, student, slow, x0, z)
+    at = path.snap(end + u * (method.grid[1:] - end)).clamp_min(path.t_min)
+    (a, b), (c, d) = ([v[:, None] for v in path.ab(r)] for r in (at, end))
+
+    def logit(x):
+        return W[0] * x + W[1] * x**2 + C
+
+    def fake(e):
+        return logit(a / c * here + (b**2 - (a * d / c) ** 2).sqrt() * e)
+
+    first, second = turns
+    checks.same_gradient(first.terms["gan"], -(0.5 * far[:, None] * fake(normals[0])).mean(), student)
+    real = logit(a * x0 + b * normals[1])
+    close(second.terms["gan"], (torch.relu(1 - real).mean() + torch.relu(1 + fake(normals[2])).mean()).detach())
+    second.terms["gan"].backward()
+    assert method.teacher.gain.grad is None
+    assert student.mu.grad is None
+
+
+@each
+def test_the_adversary_is_the_typed_one(name):
+    adversary(HyperSD, make_path(name))
+
+
+def feedback(cls):
+    """A reward of the student's x0 is maximised, at its weight."""
+    path = make_path("vp")
+    student = Line(path, *STUDENT)
+    method = checks.made(
+        cls, path, student, reward=lambda x0, cond: -((x0 - 1) ** 2).sum(1) / 2, reward_weight=3.0, **PLAIN
+    )
+    turns, x0, z = checks.play(method)
+    xt, *_ = checks.states(method, path, x0, z)
+    want = 1.5 * ((student.mu + student.k * xt - 1) ** 2).mean()
+    checks.same_gradient(turns[0].terms["reward"], want, student)
+
+
+def test_the_feedback_is_the_typed_one():
+    feedback(HyperSD)
+
+
+def guided(cls):
+    checks.guided_mean_is_scaled(cls, make_path("vp"), **PLAIN)
+
+
+def test_guidance_scales_the_mean():
+    guided(HyperSD)
+
+
+def test_what_it_needs_follows_its_options():
+    def needs(gan, reward):
+        return HyperSD.needs_of({"gan_weight": gan, "reward_weight": reward})
+
+    assert needs(0.5, 0.0) == HyperSD.needs == {"x0", "features"}
+    assert needs(0.0, 0.0) == {"x0"}
+    assert needs(0.5, 1.0) == {"x0", "features", "reward"}
+
+
+def test_what_does_not_fit_is_refused():
+    path, student = make_path("vp"), Line(make_path("vp"), *STUDENT)
+    with pytest.raises(InputError, match=r"segments=6 must be the student's 1 step\(s\) doubled some times"):
+        checks.made(HyperSD, path, student, segments=6)
+    with pytest.raises(InputError, match="a grid of 50 steps has no 8 equal segments; take a multiple of 8"):
+        checks.made(HyperSD, path, student, grid=50)
+
+
+def regressed(module):
+    for name in ("vp", "edm"):
+        regression(module.HyperSD, make_path(name), 0.5)
+
+
+def judged(module):
+    for name in ("vp", "edm"):
+        adversary(module.HyperSD, make_path(name))
+
+
+def rewarded(module):
+    feedback(module.HyperSD)
+
+
+def scaled(module):
+    guided(module.HyperSD)
+
+
+MUTANTS = [
+    ("jump(self.slow", "jump(self.student", regressed),
+    ("low.lerp(s, draw", "low.lerp(t, draw", regressed),
+    ("step // self.stage_steps", "0 * step", regressed),
+    ("near = (1 - far)", "near = (1 + far)", regressed),
+    ("* (t - end) / (high - low)", "* (t - end) / high", regressed),
+    ("xt, t, s, cond)\n", "xt, t, end, cond)\n", regressed),
+    ("self.guide(self.teacher)", "self.teacher", scaled),
+    ("-self.reward_weight *", "self.reward_weight *", rewarded),
+    ("self.reward(est.x0", "self.reward(xt", rewarded),
+    ("end.lerp(t, draw", "end.lerp(high, draw", judged),
+    ("path.diffuse(here, end", "path.diffuse(here, low", judged),
+    ("gan = far.to(here) *", "gan = self.gan_weight *", judged),
+    ("path.mix(batch.x0, draw.normal(here), u)", "path.mix(here.detach(), draw.normal(here), u)", judged),
+    ("path.diffuse(here.detach()", "path.diffuse(here", judged),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
+def test_the_check_fails_on_the_mutant(old, new, check):
+    source = "onestroke.methods.consistency.hyper_sd"
+    check(broken(source, old, old))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(broken(source, old, new))
