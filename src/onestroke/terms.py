@@ -140,13 +140,13 @@ def gap_weight(x: Tensor, real: Tensor) -> Tensor:
     return (x - real).detach().abs().flatten(1).mean(1).clamp_min(1e-5).reciprocal()
 
 
-def sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: Tensor) -> Tensor:
+def sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float | Tensor, weight: Tensor) -> Tensor:
     """(D_p - D_psi) . ((D_p - x) - alpha (D_p - D_psi)), summed over D, weighted (B,), mean over B.
 
     Score identity distillation (arXiv 2404.04057): gradient must flow through x, real and fake (B, *D) alike. Twice
-    the gradient at alpha = 1/2 is that of the Fisher divergence.
+    the gradient at alpha = 1/2 is that of the Fisher divergence. alpha: one, or (B,).
     """
-    gap = real - fake
+    gap, alpha = real - fake, like(alpha, x) if isinstance(alpha, Tensor) else alpha
     return reduced(like(weight, x) * gap * ((real - x) - alpha * gap), "sum")
 
 
@@ -158,15 +158,23 @@ GAN_LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
 Goodfellow et al. (arXiv 1406.2661), whose best logit is log(real / fake); "hinge" that of Lim and Ye (1705.02894)."""
 
 
-def gan_critic(real: Tensor, fake: Tensor, loss: str = "softplus") -> Tensor:
-    """What the critic descends on its logits (B, N) of real and of the student's samples: a sum of two means."""
+def gan_critic(real: Tensor, fake: Tensor, loss: str = "softplus", weight: Tensor | None = None) -> Tensor:
+    """What the critic descends on its logits (B, N) of real and of the student's samples: a sum of two means.
+
+    weight: (B,), of the samples of both.
+    """
     cost = GAN_LOSSES[loss][0]
-    return cost(real).mean() + cost(-fake).mean()
+    return _mean(cost(real), weight) + _mean(cost(-fake), weight)
 
 
-def gan_student(fake: Tensor, loss: str = "softplus") -> Tensor:
-    """What the student descends on the critic's logits (B, N) of its samples."""
-    return GAN_LOSSES[loss][1](fake).mean()
+def gan_student(fake: Tensor, loss: str = "softplus", weight: Tensor | None = None) -> Tensor:
+    """What the student descends on the critic's logits (B, N) of its samples, of weight (B,)."""
+    return _mean(GAN_LOSSES[loss][1](fake), weight)
+
+
+def _mean(cost: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, N) -> scalar."""
+    return (cost if weight is None else (like(weight, cost) * cost)).mean()
 
 
 def approx_r1(logits: Tensor, nudged: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def mixture(path, prediction: str = "x0") -> GaussianMixture:
 
 
 def at_once(name: str) -> dict[str, Any]:
-    """The options with which every player plays from the first round."""
-    return {"prelude": 0} if "prelude" in options(get_method(name)) else {}
+    """The options with which every player plays all that it plays from the first round."""
+    return {option: 0 for option in ("prelude", "gan_from") if option in options(get_method(name))}
 
 
 def build(

@@ -19,6 +19,7 @@ from contract.build import snapshot, state, trained
 from contract.test_methods import same
 from onestroke.methods import METHODS
 from onestroke.train import Trainer
+from truth.checks import turns_of
 
 LORA = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "body.0", "leave"]}
 RUNS = {
@@ -50,7 +51,7 @@ def play_case(name: str, run: str, folder: Path) -> dict[str, dict[str, torch.Te
 def look(trainer: Trainer) -> None:
     """Call every player without gradient: a sharded one must not stay whole, nor must its parameters change."""
     with torch.no_grad():
-        list(trainer.method.step(trainer.batches(9)[0], 9))
+        list(turns_of(trainer.method, trainer.batches(9)[0], 9))
 
 
 def local_share(module: torch.nn.Module) -> float:

@@ -51,6 +51,9 @@ def typed(module):
     close(module.gan_student(fake), (math.log1p(math.exp(-1.5)) + math.log(2)) / 2)
     close(module.gan_critic(real, fake, "hinge"), (0.7 + 3.0) / 2 + (2.5 + 1.0) / 2)
     close(module.gan_student(fake, "hinge"), -0.75)
+    weight = tensor(2.0, 3.0)
+    close(module.gan_critic(real.T, fake.T, weight=weight), soft[0] + 1.5 * soft[1] + soft[2] + 1.5 * soft[3])
+    close(module.gan_student(fake.T, "hinge", weight), -1.5)
 
 
 def penalty(module):
@@ -75,8 +78,9 @@ def test_an_unknown_loss_is_refused():
 
 
 MUTANTS = [
-    ("cost(real).mean() + cost(-fake)", "cost(-real).mean() + cost(fake)", optimal_logit),
-    ("cost(real).mean() + cost(-fake)", "cost(real).mean() + 2 * cost(-fake)", optimal_logit),
+    ("_mean(cost(real), weight)", "_mean(cost(-real), weight)", optimal_logit),
+    ("_mean(cost(-fake), weight)", "2 * _mean(cost(-fake), weight)", optimal_logit),
+    ("(like(weight, cost) * cost)", "cost", typed),
     ("F.relu(1 - logit)", "F.relu(-logit)", typed),
     ("lambda logit: -logit)", "lambda logit: F.relu(1 - logit))", typed),
     ("(logits - nudged).square()", "(logits - nudged).abs()", penalty),

@@ -73,7 +73,7 @@ class DMD2(Method):
             return self.student(xk, self.few.time(k, xk), batch.cond).x0
 
         if step % self.ttur == 0:
-            x = yield from self.student_turn(sample, batch)
+            x = yield from self.student_turn(sample, batch, k)
         else:
             with torch.no_grad():
                 x = sample()
@@ -83,8 +83,10 @@ class DMD2(Method):
             loss["gan"] = self.critic_weight * terms.gan_critic(self.logits(batch.x0, batch), self.logits(x, batch))
         yield Turn("fake", loss)
 
-    def student_turn(self, sample: Callable[[], Tensor], batch: Batch) -> Generator[Turn | Mean, Tensor, Tensor]:
-        """Match a sample; returns it."""
+    def student_turn(
+        self, sample: Callable[[], Tensor], batch: Batch, k: int
+    ) -> Generator[Turn | Mean, Tensor, Tensor]:
+        """Match a sample of call number k; returns it."""
         x = sample()
         yield from self.descend(x, self.direction(x.detach(), batch)[0], batch)
         return x.detach()

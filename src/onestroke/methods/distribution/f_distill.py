@@ -59,9 +59,9 @@ class FDistill(DMD2):
             )
         return super().needs_of(options)
 
-    def student_turn(self, sample, batch):
+    def student_turn(self, sample, batch, k):
         if self.divergence == "rkl":
-            return (yield from super().student_turn(sample, batch))
+            return (yield from super().student_turn(sample, batch, k))
         with torch.no_grad():
             x = sample()  # and again below: no graph may wait for the means of the whole batch
         direction, fake, t = self.direction(x, batch)
