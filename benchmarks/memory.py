@@ -24,6 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from onestroke import terms, times
+from onestroke.denoiser import fused_attention
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.methods import get_method
 from onestroke.plan import FakeTensorMode, play_plan
@@ -127,7 +128,8 @@ class FineTuning(Method):
 def compare(rank: int, batch_size: int, **settings: Any) -> None:
     """SwiftBrush with LoRA roles over plain LoRA fine-tuning, on the SDXL shape."""
     run = Settings(batch_size=batch_size, lora_rank={"*": rank}, log_with="none", guidance_scale=4.5, **settings)
-    peaks = [play_plan(sdxl_teacher, m, run, {}).peak for m in (FineTuning, get_method("swiftbrush"))]
+    with fused_attention():  # as on the GPU that this is for
+        peaks = [play_plan(sdxl_teacher, m, run, {}).peak for m in (FineTuning, get_method("swiftbrush"))]
     words = ", ".join(f"{k}={v}" for k, v in settings.items()) or "float32"
     print(
         f"| rank {rank}, batch {batch_size}, {words} | {peaks[0] / 2**30:.2f} | {peaks[1] / 2**30:.2f} "

@@ -78,6 +78,7 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Samples per round and process.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels per side; default: the teacher's own.")] = None,
     memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GiB.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: what this machine has.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for distill. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
@@ -90,9 +91,9 @@ def plan(
     given |= {} if batch_size is None else {"batch_size": batch_size}
     given |= {} if resolution is None else {"height": resolution, "width": resolution}
     limit = None if memory is None else parse_bytes(memory)
-    found = run(teacher, method, **given)
+    found = run(teacher, method, device=device, **given)
     fits = None if limit is None else found.peak <= limit
-    remedy = switches(teacher, method, limit, **given) if limit is not None and not fits else None
+    remedy = switches(teacher, method, limit, device=device, **given) if limit is not None and not fits else None
     if as_json:
         extra = {"fits": fits, "switches": remedy and remedy[0], "peak_with_switches": remedy and remedy[1].peak}
         print(json.dumps(found.as_dict() | extra, indent=2))

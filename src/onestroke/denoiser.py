@@ -69,11 +69,25 @@ def tapped(
             handle.remove()
 
 
+_fused = False
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention by fused kernels on a CPU too: their memory is that of a GPU's."""
+    global _fused
+    before, _fused = _fused, True
+    try:
+        yield
+    finally:
+        _fused = before
+
+
 @contextmanager
 def plain_attention(x: Tensor) -> Iterator[None]:
     """Attention to x by matrix products where fused kernels are slow backward, on a CPU, or cannot be: under
     forward-mode differentiation."""
-    if x.device.type == "cpu" or unpack_dual(x).tangent is not None:
+    if (x.device.type == "cpu" and not _fused) or unpack_dual(x).tangent is not None:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     else:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from onestroke.errors import ExportError, InputError, read_json, unknown
 from onestroke.model_card import write_card
@@ -216,6 +217,17 @@ def hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
+class Settled(TorchFunctionMode):
+    """Squeezes where there is something to squeeze: a tracer writes both ways else, and one of them has no type."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = (*args, *(kwargs or {}).values())
+        if func in (torch.squeeze, torch.Tensor.squeeze) and len(given) == 2 and isinstance(given[1], int):
+            x, dim = given
+            return x.select(dim, 0) if int(x.shape[dim]) == 1 else x
+        return func(*args, **(kwargs or {}))
+
+
 def write_onnx(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> None:
     """One graph with a dynamic batch, which onnxruntime can open. Raises ExportError where there is none.
 
@@ -226,7 +238,8 @@ def write_onnx(module: nn.Module, inputs: dict[str, Tensor], output: str, file: 
 
     def trace() -> None:
         axes = {name: {0: "batch"} for name in (*inputs, output)}
-        torch.onnx.export(module, values, str(file), dynamo=False, dynamic_axes=axes, **named)
+        with Settled():
+            torch.onnx.export(module, values, str(file), dynamo=False, dynamic_axes=axes, **named)
 
     def capture() -> None:
         free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}

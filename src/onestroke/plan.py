@@ -10,7 +10,7 @@ import importlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from onestroke.denoiser import fused_attention
 from onestroke.draws import Draws
-from onestroke.errors import InputError, read_json
+from onestroke.errors import InputError, read_json, unknown
 from onestroke.method import Batch, Method, play
 from onestroke.methods import get_method
 from onestroke.optim import state_8bit
@@ -209,19 +210,24 @@ def hollow_teacher(folder: Path, size: tuple[int, int] | None = None) -> Pipelin
     return teacher
 
 
-def plan(teacher: str | Path, method: str, *, resolution: int | None = None, prompts: int = 1, **settings: Any) -> Plan:
+def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts: int = 1, **settings: Any) -> Plan:
     """The memory that `distill(teacher, method=method, **settings)` will need.
 
-    teacher: a built-in name or a pipeline folder. prompts: their number, whose conditions stay in memory. Raises
+    teacher: a built-in name or a pipeline folder. device: "cpu" or "cuda", by default what this machine has; on a GPU
+    attention keeps no matrix of all its weights. prompts: their number, whose conditions stay in memory. Raises
     InputError as `distill` does.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise unknown("device", device, ("cpu", "cuda"))
     source = locate(teacher)
     if not isinstance(source, Path):
         raise InputError(f"{source} is not a folder; download the pipeline to plan with it.")
     cls = get_method(method)
     _, run, chosen = plan_run(str(teacher), method, ["prompt"] * prompts, settings)
-    run = replace(run, log_with="none")
-    return play_plan(lambda: hollow_teacher(source, run.size), cls, run, chosen, prompts)
+    run = replace(run, log_with="none", offload=run.offload and device != "cpu")  # nowhere to go from main memory
+    with fused_attention() if device == "cuda" else nullcontext():
+        return play_plan(lambda: hollow_teacher(source, run.size), cls, run, chosen, prompts)
 
 
 def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, options: dict[str, Any], prompts: int = 1):
@@ -252,7 +258,9 @@ the third keeps the gradient but fills the machine less, the fourth rounds the o
 main memory in every turn, the last trains adapters alone."""
 
 
-def switches(teacher: str | Path, method: str, memory: int, **settings: Any) -> tuple[list[str], Plan] | None:
+def switches(
+    teacher: str | Path, method: str, memory: int, *, device: str | None = None, **settings: Any
+) -> tuple[list[str], Plan] | None:
     """The cheapest of SWITCHES with which the run fits into `memory` bytes, and its plan; None where none suffices.
 
     Cheaper means: without the dearest switch of the other set. All of them are played first, and then the set without
@@ -262,7 +270,8 @@ def switches(teacher: str | Path, method: str, memory: int, **settings: Any) -> 
     changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
 
     def played(chosen: list[str]) -> Plan:
-        return plan(teacher, method, **{**settings, **{k: v for name in chosen for k, v in changes[name].items()}})
+        more = {k: v for name in chosen for k, v in changes[name].items()}
+        return plan(teacher, method, device=device, **{**settings, **more})
 
     chosen = list(changes)
     if (found := played(chosen)).peak > memory:

@@ -260,9 +260,10 @@ def test_distill_of_several_steps_on_a_flow(renoise, tmp_path):
     assert parity(tmp_path / "run")["passed"]
 
 
-def test_onnx_without_a_text_encoder(tmp_path):
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+def test_onnx_without_a_text_encoder(name, tmp_path):
     pytest.importorskip("onnxruntime")
-    pipeline_of("sd3").save_pretrained(tmp_path / "teacher")
+    pipeline_of(name).save_pretrained(tmp_path / "teacher")
     teacher = load_teacher(tmp_path / "teacher")
     few = FewStep(teacher.path, teacher.path.grid(1))
     save_student(teacher, teacher.net, few, tmp_path / "student", {"method": "none", "teacher": "x"})

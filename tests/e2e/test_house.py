@@ -54,7 +54,7 @@ COMMANDS = {
         "--seed",
         "--resume",
     ],
-    "plan": ["TEACHER", "--method", "--batch-size", "--resolution", "--memory", "--set", "--json"],
+    "plan": ["TEACHER", "--method", "--batch-size", "--resolution", "--memory", "--device", "--set", "--json"],
     "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", *STEER, "--out"],
     "check-lora": ["STUDENT", "LORA", "--teacher", "--prompts", "--scale", "--count", "--seed", "--out", "--json"],
     "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from onestroke.denoiser import fused_attention
 from onestroke.errors import InputError
 from onestroke.methods import get_method
 from onestroke.plan import HollowTrainer, Plan, hollow_teacher, parse_bytes, plan, played, switches, watched
@@ -39,7 +42,10 @@ def lived(folder, method: str, **settings):
 @pytest.mark.parametrize(("method", "settings"), [*(("swiftbrush", s) for s in SETTINGS), ("sid", SETTINGS[0])])
 def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
     """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
-    planned, real = plan(pipeline_folder, method, **settings), lived(pipeline_folder, method, **settings)
+    device = "cuda" if settings.get("offload") else "cpu"
+    planned = plan(pipeline_folder, method, device=device, **settings)
+    with fused_attention() if device == "cuda" else nullcontext():
+        real = lived(pipeline_folder, method, **settings)
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
     assert planned.roles == real.roles
     assert planned.working == pytest.approx(real.working, rel=0.15)
@@ -74,7 +80,8 @@ def test_the_optimiser_in_8_bits_holds_a_quarter(pipeline_folder):
 def test_offload_leaves_one_role_at_a_time(pipeline_folder):
     """Nothing lies on the device all the time; at the peak it holds the student with its gradient and optimiser."""
     weights = sum(4 * p.numel() for p in load_teacher(pipeline_folder).net.parameters())
-    small = plan(pipeline_folder, "swiftbrush", batch_size=1, offload=True, lora_rank={"*": 0})
+    settings = {"batch_size": 1, "lora_rank": {"*": 0}, "offload": True}
+    small = plan(pipeline_folder, "swiftbrush", device="cuda", **settings)
     assert max(small.roles.values()) < 0.01 * weights, "more than the counts of steps"
     assert 5 * weights < small.working < 6.5 * weights
 
@@ -90,7 +97,7 @@ def test_the_cheapest_switches_that_fit(pipeline_folder, monkeypatch):
     """By a stand-in for the plan: the largest saving comes last, and what is not needed is left out."""
     saving = {"precision": 1, "gradient_checkpointing": 2, "batch_size": 4, "optimizer": 8, "offload": 16}
 
-    def stand_in(teacher, method, **given):
+    def stand_in(teacher, method, device=None, **given):
         size = 100 - sum(v for k, v in saving.items() if k in given) - 32 * ("lora_rank" in given)
         return Plan(size, 0, {})
 
@@ -118,6 +125,17 @@ def test_on_the_command_line(onestroke, pipeline_folder):
     wrong = onestroke(*words, "--resolution", 17)
     assert wrong.code == 2
     assert wrong.err.count("\n") == 1
+
+
+def test_a_gpu_keeps_no_matrix_of_attention(teachers):
+    """What the difference is made of: the weights of every pair of tokens, where a CPU keeps them."""
+    teacher, folder = teachers["sd15"], teachers.root / "sd15"
+    cpu, cuda = (plan(folder, "swiftbrush", device=name, batch_size=8, height=64, width=64) for name in ("cpu", "cuda"))
+    assert teacher.part == "unet"
+    tokens, heads = (64 // 2) ** 2, 2
+    assert cpu.peak - cuda.peak > 8 * heads * tokens**2 * 4
+    with pytest.raises(InputError, match="unknown device 'tpu'"):
+        plan(folder, "swiftbrush", device="tpu")
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1_500_000_000), ("800mib", 800 * 2**20)])
