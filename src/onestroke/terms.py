@@ -100,7 +100,8 @@ def pseudo_huber(error: Tensor, c: float, per: Literal["row", "element"] = "row"
     """
     rows = error.flatten(1)
     square = rows.square().sum(1, keepdim=True) if per == "row" else rows.square()
-    return ((square + c**2).clamp_min(torch.finfo(rows.dtype).tiny).sqrt() - c).mean(1)
+    root = (square + c**2).clamp_min(torch.finfo(rows.dtype).tiny).sqrt()
+    return (square / (root + c)).mean(1)  # root - c, without the loss of digits below c
 
 
 DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -37,12 +37,18 @@ PHASES: dict[str, dict[str, Any]] = {
 }
 """Options of methods in phases with which four rounds play all of them."""
 SHORT: dict[str, dict[str, Any]] = {
+    "ct": {"growth": 0},
+    "ect": {"stage_steps": 0},
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
     "hyper-sd": {"grid": 16, "stage_steps": 0},
+    "ict": {"stage_steps": 0},
     "instaflow": {"straighten": 0},
+    "lcm": {"grid": 50},
     "mlcm": {"stage_steps": 0},
     "pcm": {"grid": 12},
     "progressive": {"start": 16, "stage_steps": 0},
+    "scott": {"grid": 50},
+    "slam": {"grid": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
     "tcd": {"grid": 12},
 }
