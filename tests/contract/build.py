@@ -40,17 +40,17 @@ SHORT: dict[str, dict[str, Any]] = {
     "ct": {"growth": 0},
     "ect": {"stage_steps": 0},
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
-    "hyper-sd": {"grid": 16, "stage_steps": 0},
+    "hyper-sd": {"grid": 16, "keep": 0.5, "stage_steps": 0},
     "ict": {"stage_steps": 0},
     "instaflow": {"straighten": 0},
     "lcm": {"grid": 50},
-    "mlcm": {"stage_steps": 0},
-    "pcm": {"grid": 12},
+    "mlcm": {"keep": 0.5, "stage_steps": 0},
+    "pcm": {"grid": 12, "keep": 0.5},
     "progressive": {"start": 16, "stage_steps": 0},
     "scott": {"grid": 50},
     "slam": {"grid": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
-    "tcd": {"grid": 12},
+    "tcd": {"grid": 12, "keep": 0.5},
 }
 """Options of methods in phases, or of long chains of steps, for a run whose rounds are known and few: recipes/exact is
 for one that ends by the clock."""

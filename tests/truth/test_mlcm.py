@@ -15,7 +15,7 @@ from onestroke.methods.consistency.mlcm import MLCM
 from onestroke.sampling import FewStep
 from truth import segment_checks as checks
 from truth.checks import close, labels, make_path, parts
-from truth.segment_checks import PATHS, STUDENT, Exact, Line, flow, gauss, huber, moved, posterior
+from truth.segment_checks import PATHS, SLOW, STUDENT, Exact, Line, flow, gauss, huber, moved, posterior
 from truth.test_mutants import broken
 
 each = pytest.mark.parametrize("name", [*PATHS, "table0"])
@@ -74,14 +74,15 @@ def test_the_composed_gain_does_not_depend_on_the_segments(name, stage):
 
 def regression(cls, path, stage=1):
     """Value and gradient typed by hand, on states typed by hand, in 2 segments."""
-    student = Line(path, *STUDENT)
-    method = checks.made(cls, path, student, **DDIM)
+    student, slow = Line(path, *STUDENT), Line(path, *SLOW)
+    method = checks.made(cls, path, student, slow=slow, **DDIM)
     (turn,), _, z = checks.play(method, step=stage)
     every, rows = by_hand(path, method, z), torch.arange(8)
     t, s = method.grid[1:], method.grid[:-1]
     end = method.grid[[0, 4]].repeat_interleave(4)
-    loss, *_ = checks.hand_loss(path, every[rows + 1, rows], t, s, end, student, student, distance=huber)
+    loss, *_ = checks.hand_loss(path, every[rows + 1, rows], t, s, end, student, slow, distance=huber)
     checks.same_gradient(turn.terms["consistency"], loss.mean(), student, rtol=1e-5)
+    assert turn.follow == {"slow": 0.95}
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -142,6 +143,7 @@ MUTANTS = [
     ("*reversed(x)]", "*x]", passed),
     ("self.grid[1:].flip", "self.grid[:-1].flip", passed),
     ("there = jump", "there = euler", regressed),
+    ("jump(self.slow", "jump(self.student", regressed),
     ("states[i - 1, rows]", "states[i, rows]", regressed),
     ("step // self.stage_steps", "0 * step", regressed),
     ("states[i, rows], t, end", "states[i, rows], t, s", regressed),

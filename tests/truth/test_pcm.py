@@ -38,15 +38,16 @@ def test_the_composed_gain_does_not_depend_on_the_phases(name):
 
 def regression(cls, path, phases=2):
     """Value and gradient typed by hand; at the end of a phase the target is the solver's state itself."""
-    student = Line(path, *STUDENT)
-    method = checks.made(cls, path, student, calls=phases, **PLAIN)
+    student, slow = Line(path, *STUDENT), Line(path, *SLOW)
+    method = checks.made(cls, path, student, slow=slow, calls=phases, **PLAIN)
     turns, x0, z = checks.play(method)
     xt, t, s = checks.states(method, path, x0, z)
     end = torch.stack([max(e for e in method.edges if e < v) for v in t])
     assert (s == end).sum() == phases
-    loss, *_ = checks.hand_loss(path, xt, t, s, end, student, student, distance=huber)
+    loss, *_ = checks.hand_loss(path, xt, t, s, end, student, slow, distance=huber)
     checks.same_gradient(turns[0].terms["consistency"], loss.mean(), student)
     assert [turn.player for turn in turns] == ["student"]
+    assert turns[0].follow == {"slow": 0.0}
 
 
 @each
@@ -139,8 +140,9 @@ def scaled(module):
 
 
 MUTANTS = [
-    ("there = jump(self.student", "there = euler(self.student", regressed),
-    ("        with torch.no_grad():\n            xs", "        with torch.enable_grad():\n            xs", regressed),
+    ("there = jump(self.slow", "there = euler(self.slow", regressed),
+    ("there = jump(self.slow", "there = jump(self.student", regressed),
+    ("keep: float = 0.0", "keep: float = 0.9", regressed),
     ("euler(self.student, path, xt, t, end, cond)", "euler(self.student, path, xt, t, s, cond)", regressed),
     ("xt, t, s, cond)\n", "xt, t, end, cond)\n", regressed),
     ("[:: grid // len(few.times)]", "[:: grid]", regressed),

@@ -22,7 +22,8 @@ class MLCM(Method):
     segments: of the first stage, published 8; the student's steps doubled some times. grid: steps of the solver, a
     multiple of `segments`, ours 16. scheme: the solver (see `solvers.SOLVERS`), ours dpm++2m (published: DDIM
     or DPM-Solver). stage_steps: rounds of a stage; 0, ours: the run in equal parts, and then a resumed run must keep
-    its number of rounds. distance: ours huber; l2 or l1 (see `terms.DISTANCES`).
+    its number of rounds. keep: of the average per round by which the second jump is, ours 0.95; 0 is the student
+    itself. distance: ours huber; l2 or l1 (see `terms.DISTANCES`).
     Ours: every row takes a pair of neighbours from a trajectory of its own; a student of one step is one more halving;
     the optional reward, GAN and distribution matching are left out; states are scaled to the variance-preserving path
     before they are compared.
@@ -30,8 +31,9 @@ class MLCM(Method):
     """
 
     players = ("student",)
+    targets = ("slow",)
     paper = "MLCM, arXiv 2406.05768"
-    passes = {"student": 2, "teacher": 32}
+    passes = {"student": 1, "slow": 1, "teacher": 32}
     max_steps = 8
     defaults = {"renoise": "implied"}
 
@@ -42,6 +44,7 @@ class MLCM(Method):
         grid: int = 16,
         scheme: str = "dpm++2m",
         stage_steps: int = 0,
+        keep: float = 0.95,
         distance: str = "huber",
     ):
         super().__init__(parts)
@@ -51,7 +54,8 @@ class MLCM(Method):
         self.stages = times.halvings(len(few.times), segments=segments)
         edges = times.cut(few.path, (0.0, *reversed(few.times)), segments)
         self.grid = times.cut(few.path, edges.tolist(), grid)
-        self.student, self.teacher, self.guide, self.few = parts.student, parts.teacher, parts.guide, few
+        self.student, self.slow, self.teacher = parts.student, parts.target(), parts.teacher
+        self.guide, self.few, self.keep = parts.guide, few, keep
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
         self.scheme, self.distance = scheme, terms.checked_distance(distance)
 
@@ -70,6 +74,7 @@ class MLCM(Method):
         end, _ = times.segment(grid[:: (len(grid) - 1) // segments], t)
         with torch.no_grad():
             states, rows = self.states(batch), torch.arange(len(t), device=t.device)
-            there = jump(self.student, path, states[i - 1, rows], s, end, cond)
+            there = jump(self.slow, path, states[i - 1, rows], s, end, cond)
         here = euler(self.student, path, states[i, rows], t, end, cond)
-        yield Turn("student", {"consistency": terms.apart(here, there, path, end, self.distance).mean()})
+        loss = terms.apart(here, there, path, end, self.distance).mean()
+        yield Turn("student", {"consistency": loss}, follow={"slow": self.keep})

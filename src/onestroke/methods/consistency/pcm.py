@@ -25,17 +25,20 @@ class PCM(Method):
     student must pass for the second. It is sampled by DDIM over the phases, without any other noise.
 
     grid: DDIM times, a multiple of the student's steps; published 50 (100 for SD3), ours 48, which more numbers divide.
-    gan_weight: of the adversarial term, published 0.1; 0 builds no heads. distance: published huber; l2 or l1 (see
-    `terms.DISTANCES`). loss: of the GAN, published hinge; softplus is the other.
+    gan_weight: of the adversarial term, published 0.1; 0 builds no heads. keep: the second jump is by an average of the
+    student, which keeps this much per round, published 0, the student itself (0.9 steadies large learning rates).
+    distance: published huber; l2 or l1 (see `terms.DISTANCES`). loss: of the GAN, published hinge; softplus is
+    the other.
     Ours: both turns in every round (published: in turns); states are scaled to the variance-preserving path before they
     are compared; one guidance scale per run (published 5 to 6, drawn per row), without empty prompts.
     Published settings (SD 1.5): batch 20, Adam 5e-6 and 1e-5, LoRA of rank 64.
     """
 
     players: tuple[str, ...] = ("student", "heads")
+    targets = ("slow",)
     needs = frozenset({"x0", "features"})
     paper = "PCM, arXiv 2405.18407"
-    passes = {"student": 2, "teacher": 5}
+    passes = {"student": 1, "slow": 1, "teacher": 5}
     max_steps = 16
     defaults = {
         "guidance_scale": 5.5,
@@ -46,7 +49,13 @@ class PCM(Method):
     }
 
     def __init__(
-        self, parts: Parts, grid: int = 48, gan_weight: float = 0.1, distance: str = "huber", loss: str = "hinge"
+        self,
+        parts: Parts,
+        grid: int = 48,
+        gan_weight: float = 0.1,
+        keep: float = 0.0,
+        distance: str = "huber",
+        loss: str = "hinge",
     ):
         super().__init__(parts)
         few = parts.few
@@ -54,7 +63,8 @@ class PCM(Method):
             raise InputError("a student of DDIM steps needs renoise=implied.")
         self.grid = times.cut(few.path, (0.0, *reversed(few.times)), grid)
         self.edges = self.grid[:: grid // len(few.times)]
-        self.student, self.teacher, self.path, self.guide = parts.student, parts.teacher, parts.path, parts.guide
+        self.student, self.slow, self.teacher = parts.student, parts.target(), parts.teacher
+        self.path, self.guide, self.keep = parts.path, parts.guide, keep
         self.gan_weight, self.distance, self.loss = (
             gan_weight,
             terms.checked_distance(distance),
@@ -81,18 +91,18 @@ class PCM(Method):
         xt = path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             xs = euler(self.guide(self.teacher), path, xt, t, s, cond)
-            there = jump(self.student, path, xs, s, end, cond)
+            there = jump(self.slow, path, xs, s, end, cond)
         here = euler(self.student, path, xt, t, end, cond)
         near = {"consistency": terms.apart(here, there, path, end, self.distance).mean()}
         if not self.gan_weight:
-            yield Turn("student", near)
+            yield Turn("student", near, follow={"slow": self.keep})
             return
 
         u = path.snap(end.lerp(start, draw.uniform())).clamp_min(path.t_min)
         noise = draw.normal(here)
         with frozen(self.teacher, self.heads):
             gan = terms.gan_student(self.judge(here, end, u, cond, noise), self.loss)
-            yield Turn("student", {**near, "gan": self.gan_weight * gan})
+            yield Turn("student", {**near, "gan": self.gan_weight * gan}, follow={"slow": self.keep})
 
         with frozen(self.teacher):
             real = self.judge(there, end, u, cond, draw.normal(here))
