@@ -95,27 +95,31 @@ class Guided(nn.Module):
 
     Both halves go through the network in one call of twice the batch. Features are those of the conditional half.
     Scale 0 is the null condition alone, in one call; a negative scale guides away from the condition. A network that
-    reads its guidance, as cond["guidance"] (B,), is given the scale, in one call (arXiv 2210.03142).
+    reads its guidance, as cond["guidance"] (B,), is given the scale, in one call (arXiv 2210.03142). scale: one, or one
+    per row (B,), and then always of two calls, or given.
     """
 
-    def __init__(self, net: nn.Module, scale: float, null: Cond):
+    def __init__(self, net: nn.Module, scale: float | Tensor, null: Cond):
         super().__init__()
         self.net, self.scale, self.null = net, scale, null
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
-        if self.scale == 1:
+        rows = self.scale if isinstance(self.scale, Tensor) else None
+        if rows is None and self.scale == 1:
             return self.net(x, t, cond)
-        if self.scale > 0 and "guidance" in cond:
-            return self.net(x, t, {**cond, "guidance": torch.full_like(cond["guidance"], self.scale)})
+        if "guidance" in cond and (rows is not None or self.scale > 0):
+            given = cond["guidance"]
+            return self.net(x, t, {**cond, "guidance": given * 0 + (self.scale if rows is None else rows.to(given))})
         cond, empty = as_wide(cond, self.null), as_wide(self.null, cond)
         null = {k: empty[k].to(v).expand_as(v) if k in empty else v for k, v in cond.items()}
-        if self.scale == 0:
+        if rows is None and self.scale == 0:
             return self.net(x, t, null)
         both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
         est = self.net(torch.cat([x, x]), torch.cat([t, t]), both)
         (yes, no), (yes_eps, no_eps) = est.x0.chunk(2), est.eps.chunk(2)
         features = tuple(f.chunk(2)[0] for f in est.features)
-        return Estimate(no.lerp(yes, self.scale), no_eps.lerp(yes_eps, self.scale), features)
+        scale = self.scale if rows is None else like(rows, no)
+        return Estimate(no.lerp(yes, scale), no_eps.lerp(yes_eps, scale), features)
 
 
 def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:

@@ -51,11 +51,13 @@ class Turn(NamedTuple):
 
     fresh: parameters of the player, by name, that begin anew after that step: the values given, and nothing of them in
     the optimiser's memory. The same in every micro-batch and process.
+    follow: targets, by name, that follow the player after that step, and how much each keeps of itself.
     """
 
     player: str
     terms: dict[str, Tensor]
     fresh: Mapping[str, Tensor] = {}
+    follow: Mapping[str, float] = {}
 
 
 class Mean(NamedTuple):
@@ -133,13 +135,17 @@ class Parts:
     def _channels(self) -> list[int]:
         return feature_channels(self.student, self.shape, self.null)
 
-    def target(self) -> nn.Module:
-        """A frozen copy of what the student trains, over what it shares with the teacher; `follow` moves it."""
-        shared = {id(p): p for p in self.student.parameters() if not p.requires_grad}
-        return copy.deepcopy(self.student, shared).requires_grad_(False)
+    def target(self, student: nn.Module | None = None) -> nn.Module:
+        """A frozen copy of what the student trains, over what it shares with the teacher; `follow` moves it.
 
-    def guide(self, net: nn.Module, scale: float | None = None) -> nn.Module:
-        """`net` under classifier-free guidance of this scale, or of this run's where it is None."""
+        student: what a method made of the student, if it plays that instead.
+        """
+        student = self.student if student is None else student
+        shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+        return copy.deepcopy(student, shared).requires_grad_(False)
+
+    def guide(self, net: nn.Module, scale: float | Tensor | None = None) -> nn.Module:
+        """`net` under classifier-free guidance of this scale, one or one per row, or of this run's where it is None."""
         return Guided(net, self.guidance_scale if scale is None else scale, self.null)
 
 
@@ -224,7 +230,10 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def follow(target: nn.Module, player: nn.Module, keep: float = 0.0) -> None:
-    """target <- keep target + (1 - keep) player, whatever distributes the player. Call it where the weights moved."""
+    """target <- keep target + (1 - keep) player, whatever distributes the player. Call it where the weights moved.
+
+    A game calls it with keep = 0 alone: every micro-batch does. An average is asked for by Turn.follow, once per round.
+    """
     for old, new in zip(target.parameters(), player.parameters(), strict=True):
         if old is not new:
             old.lerp_((new.full_tensor() if isinstance(new, DTensor) else new).to(old), 1 - keep)
@@ -269,8 +278,8 @@ def play(
     """One round: play the micro-batches' generators in lock-step, so that every turn accumulates gradient.
 
     Calls `update(player)` once per turn, after the backward of all micro-batches, and `renew(player, fresh)` after it
-    where the turn asks for it; without `renew` the values alone are set. `share(value)` is the mean of a value over the
-    processes. Returns the mean of every term as "player/term", detached.
+    where the turn asks for it; without `renew` the values alone are set. Then the turn's targets follow. `share(value)`
+    is the mean of a value over the processes. Returns the mean of every term as "player/term", detached.
     """
     games = [method.step(batch, step) for batch in batches]
     scopes = [WeakIdKeyDictionary() for _ in games]
@@ -298,5 +307,7 @@ def play(
                 getattr(method, player).load_state_dict(fresh, strict=False)
             else:
                 renew(player, fresh)
+        for target, keep in turns[0].follow.items():
+            follow(getattr(method, target), getattr(method, player), keep)
         for name in turns[0].terms:
             log[f"{player}/{name}"] = torch.stack([turn.terms[name].detach() for turn in turns]).mean()

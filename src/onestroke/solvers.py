@@ -90,6 +90,31 @@ def levels(path: Path, steps: int) -> list[float]:
     return [first, *ramp[1:-1].tolist(), path.t_min][:steps]
 
 
+# ---- single steps, every row between times of its own --------------------------------------------------------
+
+
+def euler(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """x_s (B, *D) from x at t (B,) to s (B,) by one call of `net`: the DDIM step."""
+    est = net(x, t, cond)
+    return path.mix(est.x0, est.eps, s)
+
+
+def heun(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """As `euler`, by the trapezoid rule over b / a, two calls (arXiv 2206.00364, algorithm 1).
+
+    From noise levels beyond the ramp's end, which may be infinite, the step is Euler's.
+    """
+    est = net(x, t, cond)
+    end = path.mix(est.x0, est.eps, s)
+    (a, b), rho = path.ab(s), (-path.log_snr(t)).exp()
+    gap = torch.where(rho > 1.001 * RAMP.sigma_max, 0.0, b / a - rho)
+    return end + like(a * gap / 2, x) * (net(end, s, cond).eps - est.eps)
+
+
+STEPS: dict[str, Callable[[nn.Module, Path, Tensor, Tensor, Tensor, Cond], Tensor]] = {"euler": euler, "heun": heun}
+"""By name: (net, path, x, t, s, cond) -> x_s."""
+
+
 # ---- diffusers' schedulers -----------------------------------------------------------------------------------
 
 

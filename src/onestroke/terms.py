@@ -93,6 +93,43 @@ def checked_weight(name: str, *more: str) -> str:
     return name
 
 
+def pseudo_huber(error: Tensor, c: float, per: Literal["row", "element"] = "row") -> Tensor:
+    """(B,): sqrt(|error|^2 + c^2) - c of the rows (B, *D) (iCT, arXiv 2310.14189), or its mean over their elements.
+
+    Quadratic below c and linear above; the root's slope is 0 where both are 0.
+    """
+    rows = error.flatten(1)
+    square = rows.square().sum(1, keepdim=True) if per == "row" else rows.square()
+    return ((square + c**2).clamp_min(torch.finfo(rows.dtype).tiny).sqrt() - c).mean(1)
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda error: error.square().flatten(1).mean(1),
+    "l1": lambda error: error.abs().flatten(1).mean(1),
+    "huber": lambda error: pseudo_huber(error, 1e-3, "element"),
+}
+"""How far two samples are apart, (B,), by their difference (B, *D): a mean over elements. "huber" is latent consistency
+models' (arXiv 2310.04378)."""
+
+
+def checked_distance(name: str) -> str:
+    """`name`, which must be in DISTANCES. Raises InputError otherwise."""
+    if name not in DISTANCES:
+        raise unknown("distance", name, DISTANCES)
+    return name
+
+
+@torch.no_grad()
+def endpoint(net: nn.Module, path: Path, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Where a consistency function says the trajectory through x (B, *D) at s (B,) ends: its x0, without gradient.
+
+    At the data end of the path (s <= t_min) it is the state itself, x / a, whatever `net` says.
+    """
+    there = net(x, s.clamp_min(path.t_min), cond).x0
+    at_data = (s <= path.t_min).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(at_data, x / like(path.ab(s)[0], x), there)
+
+
 def gap_weight(x: Tensor, real: Tensor) -> Tensor:
     """(B,): 1 / max(mean_D |x - D_p|, 1e-5), without gradient (SiD's omega, arXiv 2404.04057)."""
     return (x - real).detach().abs().flatten(1).mean(1).clamp_min(1e-5).reciprocal()

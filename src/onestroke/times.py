@@ -1,4 +1,4 @@
-"""Time samplers: where on the path a method looks. One function each; every one snaps to the teacher's own times."""
+"""Time samplers: where on the path a method looks. One function each; those of one time snap to the teacher's own."""
 
 from __future__ import annotations
 
@@ -47,6 +47,43 @@ def log_normal(draw: Draws, path: Path, mean: float, std: float) -> Tensor:
     first, last = torch.special.ndtr((-_ends(path) - mean) / std).tolist()
     level = mean + std * torch.special.ndtri(draw.uniform(first, last))
     return path.snap(path.time_of(-level).clamp(path.t_min, path.t_max))
+
+
+def ladder(path: Path, count: int) -> Tensor:
+    """`count` times, increasing float64, at which b / a is equally spaced on the ramp of Karras et al.
+
+    From end to end of the path; levels beyond the ramp's own noise end are skipped. Not snapped.
+    """
+    first, last = RAMP.time_of(_ends(path)).clamp_max(1.0).tolist()
+    inner = path.time_of(RAMP.log_snr(torch.linspace(first, last, count, dtype=torch.float64)))[1:-1]
+    return torch.cat([inner.new_tensor([path.t_min]), inner, inner.new_tensor([path.t_max])])
+
+
+def strides(path: Path, count: int) -> Tensor:
+    """The times of `count` DDIM steps (count + 1,), increasing float64, from the data at 0: LCM's grid of 50."""
+    return torch.tensor((0.0, *reversed(path.grid(count))), dtype=torch.float64)
+
+
+def neighbours(draw: Draws, grid: Tensor, skip: int = 1) -> tuple[Tensor, Tensor]:
+    """(t, s), (B,) each: a time of the grid (N,), increasing, drawn uniformly but for the first, and `skip` below."""
+    grid = grid.to(draw.device)
+    i = 1 + (draw.uniform() * (len(grid) - 1)).long()
+    return grid[i], grid[(i - skip).clamp_min(0)]
+
+
+def normal_neighbours(draw: Draws, path: Path, grid: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    """As `neighbours`, each pair as likely as a normal log(b / a) falls between its two (iCT, arXiv 2310.14189)."""
+    grid = grid.to(draw.device)
+    level = -path.log_snr(grid)
+    first, last = torch.special.ndtr((level[[0, -1]] - mean) / std).tolist()
+    i = torch.searchsorted(level, mean + std * torch.special.ndtri(draw.uniform(first, last)))
+    i = i.clamp(1, len(grid) - 1)
+    return grid[i], grid[i - 1]
+
+
+def nearer(path: Path, t: Tensor, share: Tensor) -> Tensor:
+    """The times (B,) at which b / a is `share` (B,) of what it is at t (B,); 0 where that lies before the path."""
+    return path.time_of(path.log_snr(t) - share.log()).clamp_min(0.0)
 
 
 def _ends(path: Path) -> Tensor:

@@ -116,8 +116,8 @@ MUTANTS = [
     ("onestroke.paths", "return -b, a", "return -a, b", velocity),
     ("onestroke.paths", "return self.rates(t)", "return tuple(-r for r in self.rates(t))", flow),
     ("onestroke.paths", "return a / norm, b / norm", "return a, b", unit),
-    ("onestroke.denoiser", "no.lerp(yes, self.scale)", "yes.lerp(no, self.scale)", wrapped),
-    ("onestroke.denoiser", "no_eps.lerp(yes_eps, self.scale)", "no_eps.lerp(yes_eps, self.scale + 1)", wrapped),
+    ("onestroke.denoiser", "no.lerp(yes, scale)", "yes.lerp(no, scale)", wrapped),
+    ("onestroke.denoiser", "no_eps.lerp(yes_eps, scale)", "no_eps.lerp(yes_eps, scale + 1)", wrapped),
     ("onestroke.denoiser", "like((c + d) / (a + b), x)", "like((a + b) / (c + d), x)", on_path),
     ("onestroke.denoiser", "self.src.time_of(self.path.log_snr(t))", "t", on_path),
     # draws and the exact mixture
