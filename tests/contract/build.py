@@ -38,6 +38,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
     "instaflow": {"straighten": 0},
     "progressive": {"start": 16, "stage_steps": 0},
+    "scm": {"ramp": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
 }
 """Options of methods in phases for a run whose rounds are known: recipes/exact is for one that ends by the clock."""
