@@ -38,6 +38,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
     "instaflow": {"straighten": 0},
     "progressive": {"start": 16, "stage_steps": 0},
+    "sana-sprint": {"ramp": 50},
     "scm": {"ramp": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
 }
