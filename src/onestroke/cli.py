@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onestroke.errors import InputError, OnestrokeError
+from onestroke.errors import InputError, Notice, OnestrokeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -277,6 +277,7 @@ def teachers(as_json: Annotated[bool, typer.Option("--json", help="Machine-reada
 def quiet() -> None:
     """Keep the libraries' own notices and bars out of the command line's output."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=Notice)
     for name in ("diffusers", "transformers", "huggingface_hub"):
         os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

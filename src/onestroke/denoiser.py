@@ -236,6 +236,11 @@ class OnPath(nn.Module):
         (c, d), (a, b) = self.src.ab(s), self.path.ab(t)
         return self.net(x * like((c + d) / (a + b), x), s, cond)
 
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """dx/dt (B, *D) of the probability flow through x (B, *D) at t (B,), in the unit time of this path."""
+        est = self(x, t, cond)
+        return self.path.join(est.x0, est.eps, t, "flow")
+
 
 def numbers(net: nn.Module) -> Tensor:
     """A copy of the trained numbers of a network in one vector, whole where they are sharded."""

@@ -4,6 +4,7 @@ OnestrokeError
     InputError      a name, file, setting or folder is wrong; raised before anything heavy is loaded
     DivergedError   a loss is no longer finite
     ExportError     the written pipeline does not draw what the training sampler draws
+Notice              not an error: a warning that the command line shows
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class DivergedError(OnestrokeError):
 
 class ExportError(OnestrokeError):
     """A written artefact does not reproduce the training sampler."""
+
+
+class Notice(UserWarning):
+    """Something goes another way than was planned."""
 
 
 def read_text(path: Path) -> str:

@@ -154,7 +154,6 @@ NEEDS = {
     "pairs": "noise and pictures of the teacher's solver",
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
-    "jvp": "a network with a forward-mode derivative",
 }
 """What a method may need beside prompts, in words."""
 

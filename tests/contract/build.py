@@ -47,6 +47,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "mlcm": {"keep": 0.5, "stage_steps": 0},
     "pcm": {"grid": 12, "keep": 0.5},
     "progressive": {"start": 16, "stage_steps": 0},
+    "sana-sprint": {"ramp": 50},
+    "scm": {"ramp": 50},
     "scott": {"grid": 50},
     "slam": {"grid": 50},
     "slimflow": {"anneal": 0, "straighten": 0},

@@ -1,0 +1,92 @@
+"""SANA-Sprint: a consistency function of the teacher's flow whose samples pass for real to the teacher's layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestroke import terms, times
+from onestroke.denoiser import TwoTimes
+from onestroke.draws import Draws
+from onestroke.method import Batch, Parts, Turn, frozen
+from onestroke.methods.consistency.scm import SCM
+from onestroke.paths import Cond, like
+
+
+class SanaSprint(SCM):
+    """Chen et al., "SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation".
+
+    sCM (see `scm`) plus LADD (see `ladd`): at a second level, half of the time the first one of sampling, where the
+    input is noise alone, the student's sample must pass for real to heads on the tapped layers of the frozen teacher.
+    The student reads which guidance the teacher has had: a small range around the run's guidance_scale.
+
+    mean, std: of the levels, published 0.2 and 1.6. gan: weight of the adversarial term, published 0.5. top: how often
+    its level is the first, published 0.5. gan_mean, gan_std: of the noise its samples are judged at, published -0.6 and
+    1. loss: of the GAN, published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance
+    there is none. ramp: rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
+    sigma_data, norm, velocity, adaptive, forward: as in `scm`.
+    Ours: the student reads the distance of that guidance from the run's, so that the network that is kept is that of
+    the run's; the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read on
+    the path of angles without loss. Published: no images paired with wrong captions (an option),
+    QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000, clip 0.1.
+    """
+
+    players = ("student", "weight", "heads")
+    needs = frozenset({"x0", "features"})
+    paper = "SANA-Sprint, arXiv 2503.09641"
+    passes = {"student": 3, "teacher": 5}
+    defaults = {"guidance_scale": 4.5, "lr": {"*": 2e-6}, "clip": 0.1}
+
+    def __init__(
+        self,
+        parts: Parts,
+        mean: float = 0.2,
+        std: float = 1.6,
+        sigma_data: float = 1.0,
+        ramp: int = 2_000,
+        norm: float = 0.1,
+        velocity: str = "teacher",
+        adaptive: bool = True,
+        forward: bool = True,
+        gan: float = 0.5,
+        top: float = 0.5,
+        gan_mean: float = -0.6,
+        gan_std: float = 1.0,
+        loss: str = "hinge",
+        spread: float = 0.5,
+    ):
+        super().__init__(parts, mean, std, sigma_data, ramp, norm, velocity, adaptive, forward)
+        self.student, self.heads = TwoTimes(parts.student, parts.shape, parts.null), parts.heads()
+        self.gan, self.top, self.gan_level, self.kind = gan, top, (gan_mean, gan_std), terms.checked_gan(loss)
+        self.scale, self.spread = parts.guidance_scale, spread if parts.guidance_scale != 1 else 0.0
+
+    def judge(self, x: Tensor, cond: Cond, t: Tensor, draw: Draws) -> Tensor:
+        """The heads' logits (B, N) of samples x (B, *D), noised to t."""
+        return self.heads(self.teacher(self.path.mix(x, draw.normal(x), t), t, cond).features)
+
+    def sample(self, batch: Batch, told: Cond) -> Tensor:
+        """The student's x0 (B, *D), from its first input or from noised data."""
+        draw, real = batch.draw, batch.x0
+        assert real is not None
+        first, noise = draw.uniform() < self.top, draw.normal(real)
+        t = torch.where(first, self.few.time(0, noise), times.log_normal(draw, self.path, self.mean, self.std))
+        x = torch.where(like(first, real) > 0, self.few.input(noise), self.path.mix(real, noise, t))
+        return self.student(x, t, told).x0
+
+    def step(self, batch: Batch, step: int):
+        cond, draw, real = batch.cond, batch.draw, batch.x0
+        assert real is not None
+        more = self.spread * ((3 * draw.uniform()).floor() - 1)
+        told = {**cond, "s": 0.1 * more}
+        guided = self.guide(self.teacher, self.scale + more if self.spread else None)
+        loss, level = self.loss(batch, told, step, guided)
+        x = self.sample(batch, told)
+        t = times.log_normal(draw, self.path, *self.gan_level)
+        with frozen(self.teacher, self.heads):
+            gan = self.gan * terms.gan_student(self.judge(x, cond, t, draw), self.kind)
+            yield from self.turns(loss, level, gan=gan)
+
+        t = times.log_normal(draw, self.path, *self.gan_level)
+        with frozen(self.teacher):
+            logits = self.judge(real, cond, t, draw), self.judge(x.detach(), cond, t, draw)
+            yield Turn("heads", {"gan": 0.5 * terms.gan_critic(*logits, self.kind)})

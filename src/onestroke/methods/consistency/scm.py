@@ -1,0 +1,121 @@
+"""sCM: the student is the consistency function of the teacher's flow, taught by its own derivative in time."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from onestroke import times
+from onestroke.denoiser import OnPath
+from onestroke.errors import unknown
+from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.paths import Cond, Path, Trig, like
+from onestroke.tangent import Tangent, overlap
+
+RADIAN = 2 / math.pi
+"""In unit time."""
+
+
+class LogVariance(nn.Module):
+    """(B,): the logarithm of the loss at each level of noise, for the adaptive weight; zero at the start.
+
+    A cosine series of the angle atan2(b, a). `like`: a network, of whose type it is.
+    """
+
+    def __init__(self, like: nn.Module):
+        super().__init__()
+        p = next(p for p in like.parameters() if p.is_floating_point())
+        self.series = nn.Parameter(torch.zeros(8, dtype=p.dtype, device=p.device))
+
+    def forward(self, path: Path, t: Tensor) -> Tensor:
+        waves = 2 * torch.atan2(*path.ab(t)[::-1])[:, None] * torch.arange(8, device=t.device)
+        return waves.cos().to(self.series) @ self.series
+
+
+class SCM(Method):
+    """Lu and Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models".
+
+    On the path of angles tau, x = cos(tau) x0 + sin(tau) z, the student's x0 is f = cos(tau) x - sin(tau) sigma_data F.
+    Along a trajectory of the teacher it must not change: at noised data F is moved by g / (|g| + norm), where
+    g = cos(tau) df/dtau by a derivative of the network along the teacher's velocity. The terms of g beyond
+    cos(tau)^2 (teacher - student) are warmed up: the student starts as the teacher. Weight: 1 / (sigma_data tan(tau)),
+    over the loss that is learned for each level of noise.
+
+    mean, std: of the log noise-to-signal ratio, published -1 and 1.4 (1.6 on ImageNet). sigma_data: deviation of the
+    data, published 0.5 for data of that one. ramp: rounds of the warm-up, published 10,000. norm: published 0.1.
+    velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT): cos(tau) z - sin(tau)
+    x0, for which neither the teacher nor the run's guidance_scale is asked. adaptive: whether the loss of a level is
+    learned and divided by, or is one. forward: derivatives in forward mode, or by differences, two more calls.
+    Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
+    angle alone. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
+    """
+
+    players: ClassVar[tuple[str, ...]] = ("student", "weight")
+    needs = frozenset({"x0"})
+    paper = "sCM, arXiv 2410.11081"
+    passes = {"student": 2, "teacher": 2}
+    max_steps = 4
+    defaults = {"betas": {"*": [0.9, 0.99]}}
+
+    def __init__(
+        self,
+        parts: Parts,
+        mean: float = -1.0,
+        std: float = 1.4,
+        sigma_data: float = 1.0,
+        ramp: int = 10_000,
+        norm: float = 0.1,
+        velocity: str = "teacher",
+        adaptive: bool = True,
+        forward: bool = True,
+    ):
+        super().__init__(parts)
+        if velocity not in ("teacher", "data"):
+            raise unknown("velocity", velocity, ("teacher", "data"))
+        self.student: nn.Module = parts.student
+        self.teacher, self.weight = parts.teacher, LogVariance(parts.student)
+        self.few, self.path, self.guide = parts.few, parts.path, parts.guide
+        self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
+        self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
+        self.velocity, self.adaptive, self.tangent = velocity, adaptive, Tangent(forward)
+
+    def speed(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
+        return RADIAN * OnPath(net, self.path, self.angles).velocity(x, t, cond)
+
+    def change(self, x: Tensor, t: Tensor, dx: Tensor, cond: Cond, ramp: float) -> tuple[Tensor, Tensor]:
+        """sigma_data F and g (B, *D) at x, where a trajectory goes through with dx/dtau."""
+        cos, sin = (like(c, x) for c in Trig().ab(t))
+        along = cos * sin * dx, (cos * sin).reshape(-1) * RADIAN
+        f, df = self.tangent(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
+        return f, -(cos**2) * (f - dx) - ramp * (cos * sin * x + df)
+
+    def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """(B,): the weighted square of the change asked for, and the times of the path of angles."""
+        assert batch.x0 is not None
+        t = times.log_normal(batch.draw, self.angles, self.mean, self.std)
+        x = self.angles.mix(batch.x0, batch.noise, t)
+        with torch.no_grad():
+            if self.velocity == "data":
+                dx = RADIAN * self.angles.join(batch.x0, batch.noise, t, "flow")
+            else:
+                dx = self.speed(teacher, x, t, batch.cond)
+        old, g = self.change(x, t, dx, cond, min(1.0, step / self.ramp))
+        g = g / (like(g.flatten(1).norm(dim=1), g) + self.norm)
+        error = (self.speed(self.student, x, t, cond) - old) / self.sigma_data - g
+        a, b = self.angles.ab(t)
+        return error.square().flatten(1).mean(1) * (a / b).to(x), t
+
+    def turns(self, loss: Tensor, t: Tensor, **more: Tensor):
+        """The student's turn, `more` its other terms, and that of the learned weight."""
+        with torch.no_grad():
+            known = self.weight(self.angles, t) if self.adaptive else 0 * loss
+        yield Turn("student", {"change": ((-known).exp() * loss).mean(), **more})
+        known, loss = self.weight(self.angles, t), loss.detach()
+        yield Turn("weight", {"variance": ((-known).exp() * loss + known).mean()})
+
+    def step(self, batch: Batch, step: int):
+        yield from self.turns(*self.loss(batch, batch.cond, step, self.guide(self.teacher)))

@@ -1,0 +1,149 @@
+"""The derivative of a network along a direction: forward mode is the difference, on every family of networks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from contract.build import small_net
+from families import FAMILIES
+from onestroke.denoiser import OnPath, TwoTimes
+from onestroke.errors import Notice
+from onestroke.paths import Flow
+from onestroke.tangent import STEPS, Tangent, difference
+from truth.checks import F64, close, make_path, tensor
+
+T, STEP = 0.5, 2**-12
+"""Times this far apart are exact in float32, in which networks read them."""
+
+
+def moved(net: nn.Module) -> nn.Module:
+    """A copy in float64 of which nothing is zero."""
+    net, generator = copy.deepcopy(net).double(), torch.Generator().manual_seed(1)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return net.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forward_mode_is_the_difference_on_every_family(name, teachers):
+    """Attention included, and a second time read beside the first. What is left of the difference, extrapolated to no
+    step, is that networks embed their times in float32. It tells nothing of SANA, whose linear attention jumps where
+    all of a head's rectifiers close; there as everywhere the backward pass knows the same derivative."""
+    teacher = teachers[name]
+    net = TwoTimes(moved(teacher.net), teacher.shape, teacher.null)
+    nn.init.normal_(net.shift.weight, std=0.1, generator=torch.Generator().manual_seed(3))
+    cond = teacher.encode(["a red square", "rain"])
+    x, dx, w = torch.randn(3, 2, *teacher.shape, generator=torch.Generator().manual_seed(2), dtype=F64)
+    t, dt = torch.full((2,), T, dtype=F64), tensor(1.0, -0.5)
+
+    def field(x, t):
+        est = net(x, t, {**cond, "s": t / 3})
+        return est.eps - est.x0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        value, slope = Tangent()(field, x, t, dx, dt)
+        parts = [Tangent()(field, x, t, *along)[1] for along in ((dx, 0 * dt), (0 * dx, dt))]
+    close(value, field(x, t).detach())
+    assert not slope.requires_grad
+    assert (slope - sum(parts)).abs().max() < 1e-4 * slope.abs().max()
+    assert min(part.abs().max() for part in parts) > 1e-3, "it reads both"
+    x.requires_grad_(True)
+    t.requires_grad_(True)
+    gx, gt = torch.autograd.grad((w * field(x, t)).sum(), [x, t])
+    assert abs((gx * dx).sum() + (gt * dt).sum() - (w * slope).sum()) < 1e-4 * (w * slope).norm()
+    if name != "sana":
+        one, two = (difference(field, x, t, dx, dt, step) for step in (STEP, STEP / 2))
+        assert ((4 * two - one) / 3 - slope).abs().max() < 1e-3 * slope.abs().max()
+
+
+# ---- the twin of differences ---------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """A denoiser whose attention is a fused kernel, which has no forward-mode derivative."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x, t, cond):
+        self.calls += 1
+        tokens = torch.stack([x, x.sin()], 1)[:, None]
+        seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.net(seen[:, 0, 0], t, cond)
+
+
+def case(kind=lambda net: net, rows=5):
+    """(field, x, t, dx, dt, net): a small network on a straight path, float64."""
+    net = kind(small_net(make_path("vp"), "v", "student"))
+    view = OnPath(net, make_path("vp"), Flow())
+    x, dx = torch.randn(2, rows, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    t, cond = torch.linspace(0.05, 0.9, rows, dtype=F64), {"label": torch.arange(rows) % 3}
+    return (lambda x, t: view.velocity(x, t, cond)), x, t, dx, torch.linspace(-1, 1, rows, dtype=F64), net
+
+
+def test_a_network_without_forward_mode_is_differenced_and_it_is_said_once():
+    *call, net = case(Fused)
+    tangent = Tangent()
+    with pytest.warns(Notice, match="no forward-mode derivative .*scaled_dot_product.*: differences stand in"):
+        value, slope = tangent(*call)
+    assert not tangent.forward
+    assert net.calls == 1 + 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        again = tangent(*call)
+    assert net.calls == 1 + 3 + 3, "forward mode is not tried again"
+    assert torch.equal(again[1], slope)
+    assert not value.requires_grad
+    h = 1e-5  # typed by hand
+    field, x, t, dx, dt = call
+    want = (field(x + h * dx, t + h * dt) - field(x - h * dx, t - h * dt)) / (2 * h)
+    assert (want - slope).abs().max() < 1e-6 * want.abs().max()
+
+
+def test_both_ways_agree():
+    *call, _ = case()
+    (value, slope), (same, other) = Tangent()(*call), Tangent(forward=False)(*call)
+    assert torch.equal(value, same)
+    assert (slope - other).abs().max() < 1e-8 * slope.abs().max()
+
+
+def test_the_difference_stays_inside_unit_time():
+    """Within a step of an end it is a smaller one, and as central as elsewhere."""
+    seen = []
+
+    def field(x, t):
+        seen.append(t)
+        return x * t[:, None] ** 3
+
+    x, t = torch.ones(4, 1, dtype=F64), tensor(1e-4, 0.3, 1 - 1e-4, 1 - 1e-7)
+    slope = difference(field, x, t, 0 * x, torch.ones(4, dtype=F64), step=1e-2)
+    assert torch.stack(seen).min() > 0
+    assert torch.stack(seen).max() < 1
+    close(slope[:, 0], 3 * t**2, rtol=1e-3, atol=1e-8)
+
+
+def test_half_precision_takes_a_step_it_can_see():
+    *call, _ = case()
+    x = call[1].float()
+    for dtype, step in STEPS.items():
+        seen = []
+        field = lambda x, t, seen=seen: seen.append(t) or x  # noqa: E731
+        x, t = call[1].to(F64 if dtype == F64 else torch.float32), torch.full((5,), 0.5, dtype=F64)
+        with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            difference(field, x, t, 0 * x, torch.ones_like(t))
+        close(seen[0] - seen[1], torch.full((5,), 2 * step, dtype=F64), rtol=1e-6)
+
+
+def test_other_errors_are_not_swallowed():
+    def field(x, t):
+        return x @ x
+
+    with pytest.warns(Notice), pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Tangent()(field, torch.ones(2, 3), tensor(0.5, 0.5), torch.ones(2, 3), tensor(1.0, 1.0))
