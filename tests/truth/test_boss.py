@@ -193,8 +193,8 @@ def test_it_is_trained_at_its_knots_alone():
     ("options", "said"),
     [
         ({"knots": "own"}, "knots='own' must be one of grid, best"),
-        ({"fine": 3}, r"fine=3 must be a multiple of the student's 2 step\(s\)"),
-        ({"fine": 1000}, "fine=1000 has more steps than the teacher has times"),
+        ({"fine": 3}, "a grid of 3 steps has no 2 equal segments; take a multiple of 2"),
+        ({"fine": 1000}, "a grid of 1000 steps has more of them than the teacher has times"),
     ],
 )
 def test_bad_options(options, said):

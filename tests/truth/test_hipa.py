@@ -136,7 +136,7 @@ def test_the_teacher_s_map_costs_nothing(name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"distance": "lpips"}, "distance='lpips' must be one of l2, l1"),
+        ({"distance": "lpips"}, "unknown distance 'lpips'"),
         ({"cut": 2}, r"cut=2 is a part of the highest frequency: it must lie in \[0, 1\]"),
     ],
 )

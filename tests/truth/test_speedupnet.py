@@ -25,14 +25,14 @@ STEPS, PIECES, HOPS = 2, 4, 2
 
 
 class Drawn(Given):
-    """Draws whose uniform numbers are given, one call after the other."""
+    """Draws whose uniform numbers are given."""
 
-    def __init__(self, *us):
-        super().__init__(us[0])
-        self.us = list(us)
+    def __init__(self, u):
+        super().__init__(u)
+        self.u = u.double()
 
     def uniform(self, lo=0.0, hi=1.0):
-        return self.us.pop(0)
+        return self.u
 
 
 def build(cls, path, student, teacher, steps=STEPS, **options):
@@ -45,7 +45,8 @@ def every_piece():
     """A batch with one row in each piece of each step."""
     k, j = torch.arange(STEPS).repeat_interleave(PIECES), torch.arange(PIECES).repeat(STEPS)
     x0, z = checks.noise(STEPS * PIECES, seed=70), checks.noise(STEPS * PIECES, seed=71)
-    return k, j, Batch(z, labels(len(z)), Drawn((k + 0.5) / STEPS, (j + 0.5) / PIECES), x0)
+    u = ((STEPS - 1 - k) * PIECES + j + 0.5) / (STEPS * PIECES)
+    return k, j, Batch(z, labels(len(z)), Drawn(u), x0)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -83,13 +84,14 @@ def step_ends_where_small_ones_do(cls, name):
 
     for row in range(rows):
         top, end = ends[k[row]], ends[k[row] + 1]
-        t, goal = (snap(end + (top - end) * (j[row].item() + i) / PIECES) for i in (1, 0))
+        spots = [snap(end + (top - end) * (j[row].item() * HOPS + i) / (PIECES * HOPS)) for i in range(HOPS, -1, -1)]
+        t, goal = spots[0], spots[-1]
         a, b = hand_ab(name, t)
         x = a * batch.x0[row] + b * batch.noise[row]
         y = x
         for hop in range(HOPS):
-            x0, eps = ask(teacher, y, snap(t + (goal - t) * hop / HOPS))
-            c, d = hand_ab(name, snap(t + (goal - t) * (hop + 1) / HOPS))
+            x0, eps = ask(teacher, y, spots[hop])
+            c, d = hand_ab(name, spots[hop + 1])
             y = c * x0 + d * eps
         c, d = hand_ab(name, end)
         if j[row] > 0:
@@ -185,7 +187,7 @@ def test_a_negative_prompt_is_led_away_from():
     ("options", "said"),
     [
         ({"hops": 0}, "pieces=4 and hops=0 must be at least 1"),
-        ({"pieces": 600}, "pieces=600 of hops=2 have more times than the teacher"),
+        ({"pieces": 600}, "a grid of 2400 steps has more of them than the teacher has times"),
     ],
 )
 def test_bad_options(options, said):
@@ -215,12 +217,13 @@ MUTANTS = [
     ("Guided(self.teacher, self.scale, self.null)", "self.teacher", guides),
     ("parts.prompts([negative]) if negative else parts.null", "parts.null", negative),
     ("step < self.guide_steps", "step <= self.guide_steps", stages),
-    ("for i in (j + 1, j))", "for i in (j + 1, j + 1))", ends),
-    ("teacher(y, here, cond)", "teacher(x, here, cond)", ends),
+    ("goal == step_of", "goal != step_of", ends),
+    ("grid[goal + hop - 1]", "grid[goal]", ends),
+    ("teacher(y, grid[goal + hop], cond)", "teacher(x, grid[goal + hop], cond)", ends),
     ("torch.where(last, y,", "torch.where(~last, y,", ends),
     ("torch.where(last, est.x0, own.x0)", "est.x0", ends),
-    ("self.student(y, goal", "self.student(x, goal", ends),
-    ("with torch.no_grad():\n            y = x", "if True:\n            y = x", ends),
+    ("self.student(y, grid", "self.student(x, grid", ends),
+    ("with torch.no_grad():\n            for", "if True:\n            for", ends),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestroke import terms
+from onestroke import terms, times
 from onestroke.errors import InputError
 from onestroke.method import Batch, Mean, Method, Parts, Turn
 from onestroke.paths import Estimate, like
@@ -63,18 +63,12 @@ class Boss(Method):
         count = len(parts.few.times)
         if knots not in KNOTS:
             raise InputError(f"knots={knots!r} must be one of {', '.join(KNOTS)}.")
-        if fine < count or fine % count:
-            raise InputError(f"fine={fine} must be a multiple of the student's {count} step(s).")
         if count > 1 and parts.few.renoise != "implied":
             raise InputError("a student of DDIM steps needs renoise=implied.")
         self.student, self.teacher, self.start = parts.student, parts.teacher, parts.few
         self.path, self.guide, self.search = parts.path, parts.guide, knots == "best"
-        ends, part = torch.tensor((*parts.few.times, 0.0), dtype=torch.float64), fine // count
-        inner = [ends[k].lerp(ends[k + 1], i / part) for k in range(count) for i in range(part)]
-        self.times = parts.path.snap(torch.stack(inner)).tolist()
-        if len(set(self.times)) < fine:
-            raise InputError(f"fine={fine} has more steps than the teacher has times.")
-        self.register_buffer("marks", torch.arange(0, fine + 1, part))
+        self.times = times.cut(parts.path, (0.0, *reversed(parts.few.times)), fine).flip(0)[:-1].tolist()
+        self.register_buffer("marks", torch.arange(0, fine + 1, fine // count))
 
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:

@@ -9,8 +9,6 @@ from onestroke import terms
 from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn
 
-DISTANCES = {"l2": Tensor.square, "l1": Tensor.abs}
-
 
 def axes(x: Tensor) -> tuple[int, ...]:
     """The spatial ones of pictures (B, C, H, W); the only one of vectors (B, D)."""
@@ -39,7 +37,7 @@ class HiPA(Method):
     filter, and by its edges.
 
     weight: of both high terms, 1. cut: of the filter's square, as a part of the highest frequency, 0.25; the paper's
-    are not known to us. distance: "l2" or "l1", elementwise.
+    are not known to us. distance: "l2", "l1" or "huber" (see `terms.DISTANCES`).
     Ours: latents and an elementwise distance instead of pictures and a perceptual one; edges are plain differences,
     which are linear, instead of an edge detector's; the run's guidance is in the pairs.
     Published settings: LoRA of 3.3 million weights (here lora_rank 8).
@@ -53,12 +51,10 @@ class HiPA(Method):
 
     def __init__(self, parts: Parts, weight: float = 1.0, cut: float = 0.25, distance: str = "l2"):
         super().__init__(parts)
-        if distance not in DISTANCES:
-            raise InputError(f"distance={distance!r} must be one of {', '.join(DISTANCES)}.")
         if not 0 <= cut <= 1:
             raise InputError(f"cut={cut} is a part of the highest frequency: it must lie in [0, 1].")
         self.student, self.teacher, self.few = parts.student, parts.teacher, parts.few
-        self.weight, self.cut, self.distance = weight, cut, DISTANCES[distance]
+        self.weight, self.cut, self.distance = weight, cut, terms.DISTANCES[terms.checked_distance(distance)]
 
     def step(self, batch: Batch, step: int):
         assert batch.pairs is not None
@@ -66,7 +62,7 @@ class HiPA(Method):
         x = self.few.sample(self.student, noise, batch.cond)
 
         def far(one: Tensor, other: Tensor) -> Tensor:
-            return terms.reduced(self.distance(one - other), "mean")
+            return self.distance(one - other).mean()
 
         fourier = far(high(x, self.cut), high(x0, self.cut))
         every = [far(one, other) for one, other in zip(edges(x), edges(x0), strict=True)]

@@ -50,11 +50,8 @@ class SpeedUpNet(Method):
         self.student, self.teacher, self.path = parts.student, parts.teacher, parts.path
         self.scale, self.null = parts.guidance_scale, parts.prompts([negative]) if negative else parts.null
         self.guide_steps = guide_steps or max(1, parts.rounds // 2)
-        self.ends, self.pieces, self.hops = (*parts.few.times, 0.0), pieces, hops
-        ends = torch.tensor(self.ends, dtype=torch.float64)
-        inner = [ends[1:].lerp(ends[:-1], i / (pieces * hops)) for i in range(1, pieces * hops + 1)]
-        if len(parts.path.snap(torch.stack(inner)).unique()) < len(parts.few.times) * len(inner):
-            raise InputError(f"pieces={pieces} of hops={hops} have more times than the teacher.")
+        self.pieces, self.hops, steps = pieces, hops, len(parts.few.times)
+        self.grid = times.cut(parts.path, (0.0, *reversed(parts.few.times)), steps * pieces * hops)
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
@@ -68,19 +65,16 @@ class SpeedUpNet(Method):
             yield Turn("student", {"guide": terms.truncated_snr(est, want.x0, want.eps)})
             return
 
-        ends = torch.tensor(self.ends, dtype=torch.float64, device=batch.noise.device)
-        k, j = ((draw.uniform() * count).long() for count in (len(ends) - 1, self.pieces))
-        top, end = ends[k], ends[k + 1]
-        t, goal = (path.snap(end.lerp(top, i.double() / self.pieces)) for i in (j + 1, j))
-        x = path.mix(batch.x0, batch.noise, t)
+        grid, hops = self.grid.to(batch.noise.device), self.hops
+        piece = (draw.uniform() * ((len(grid) - 1) // hops)).long()  # from the data on
+        step_of, goal = piece // self.pieces * self.pieces * hops, piece * hops
+        t, end, last = grid[goal + hops], grid[step_of], like(goal == step_of, batch.noise) > 0
+        y = x = path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
-            y = x
-            for hop in range(self.hops):
-                here, there = (path.snap(t.lerp(goal, (hop + i) / self.hops)) for i in (0, 1))
-                est = teacher(y, here, cond)
-                y = path.mix(est.x0, est.eps, there)
-            own = self.student(y, goal.clamp_min(path.t_min), cond)
-            last = like(j == 0, x) > 0
+            for hop in range(hops, 0, -1):
+                est = teacher(y, grid[goal + hop], cond)
+                y = path.mix(est.x0, est.eps, grid[goal + hop - 1])
+            own = self.student(y, grid[goal].clamp_min(path.t_min), cond)
             line = path.through(x, t, torch.where(last, y, path.mix(own.x0, own.eps, end)), end)
             x0 = torch.where(like(end, x) > 0, line.x0, torch.where(last, est.x0, own.x0))  # the data end is x0 itself
             eps = path.split(x, x0, t, "x0").eps
