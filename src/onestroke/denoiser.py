@@ -117,6 +117,11 @@ class Guided(nn.Module):
         super().__init__()
         self.net, self.scale, self.null = net, scale, null
 
+    def sides(self, cond: Cond) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`cond` and, for as many rows, the null condition; both as wide as the wider."""
+        cond, empty = as_wide(cond, self.null), as_wide(self.null, cond)
+        return dict(cond), {k: empty[k].to(v).expand_as(v) if k in empty else v for k, v in cond.items()}
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         rows = self.scale if isinstance(self.scale, Tensor) else None
         if rows is None and self.scale == 1:
@@ -124,8 +129,7 @@ class Guided(nn.Module):
         if "guidance" in cond and (rows is not None or self.scale > 0):
             given = cond["guidance"]
             return self.net(x, t, {**cond, "guidance": given * 0 + (self.scale if rows is None else rows.to(given))})
-        cond, empty = as_wide(cond, self.null), as_wide(self.null, cond)
-        null = {k: empty[k].to(v).expand_as(v) if k in empty else v for k, v in cond.items()}
+        cond, null = self.sides(cond)
         if rows is None and self.scale == 0:
             return self.net(x, t, null)
         both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}

@@ -154,6 +154,7 @@ NEEDS = {
     "pairs": "noise and pictures of the teacher's solver",
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
+    "times": "a sampler that calls the student at times of its own",
 }
 """What a method may need beside prompts, in words."""
 
@@ -184,8 +185,9 @@ class Method(nn.Module, ABC):
     """Network calls of one batch per round, by role, with guidance on (a guided call counts two)."""
     max_steps: ClassVar[int] = 1
     """The largest number of calls of the student that the method can train."""
-    target: ClassVar[Literal["law", "modes"]] = "law"
-    """What the student's samples become: samples of the teacher's law, or its modes alone."""
+    target: ClassVar[Literal["law", "modes", "guided"]] = "law"
+    """What the student's samples become: samples of the teacher's law, its modes alone, or what the guided teacher
+    draws in as many steps (not the law: guidance moves it, and few steps of a solver are not exact)."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, where they differ from the trainer's."""
 

@@ -99,6 +99,11 @@ def plan_run(
     needs = cls.needs_of({**options(cls), **chosen})
     if "x0" in needs and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
+    if "times" in needs:
+        raise InputError(
+            f"with these options a student of {method!r} has times of its own, which a plain pipeline's scheduler does "
+            "not carry; choose others."
+        )
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     if pairs and "pairs" not in needs:

@@ -118,7 +118,8 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> fl
 class Convergence:
     """What `converge` measured. Distances are sliced-W2 of SAMPLES one- or few-step samples to as many true ones.
 
-    Of a method whose target is the modes, they are distances to samples of the mixture without its spread.
+    Of a method whose target is the modes, they are distances to samples of the mixture without its spread; of one whose
+    target is the guided teacher, to what that draws in as many steps.
     """
 
     sliced_w2: float
@@ -197,7 +198,7 @@ def converge(
     teacher: GaussianMixture,
     *,
     prediction: Prediction = "x0",
-    student_steps: int = 1,
+    student_steps: int | None = None,
     seconds: float = 60,
     seed: int = 0,
     reward: Reward | None = None,
@@ -205,23 +206,24 @@ def converge(
 ) -> Convergence:
     """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
 
-    prediction: of the small net, on the teacher's path. reward: for the methods that need one; by default one that is
-    constant on the truth (see `inside`). settings: as in `distill` (trainer settings and options of the
-    method), over those of recipes/exact. A fifth of the time goes to the fit; with `steps`, both parts end after that
-    many rounds, so that the result does not depend on the machine's speed. Raises InputError for an unknown method or
-    setting.
+    prediction: of the small net, on the teacher's path. student_steps: 1, unless recipes/exact says otherwise. reward:
+    for the methods that need one; by default one that is constant on the truth (see `inside`). settings: as in
+    `distill` (trainer settings and options of the method), over those of recipes/exact. A fifth of the time goes to the
+    fit; with `steps`, both parts end after that many rounds, so that the result does not depend on the machine's speed.
+    Raises InputError for an unknown method or setting.
     """
     began = time.monotonic()
     cls = get_method(method)
-    if student_steps > cls.max_steps:
-        raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {student_steps}.")
-    layers = ({"seed": seed, "student_steps": student_steps}, DEFAULTS, recipe_defaults("exact", method))
-    run, chosen = resolve(settings, options(cls), cls.players, *layers)
+    layers = ({"seed": seed}, DEFAULTS, recipe_defaults("exact", method))
+    given = settings | ({"student_steps": student_steps} if student_steps else {})
+    run, chosen = resolve(given, options(cls), cls.players, *layers)
+    if run.student_steps > cls.max_steps:
+        raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {run.student_steps}.")
     needs = cls.needs_of({**options(cls), **chosen})
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
-        few = FewStep(teacher.path, teacher.path.grid(student_steps), renoise=run.renoise)
+        few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
         parts = Parts(
             copy.deepcopy(net) if "features" in needs else teacher,
             copy.deepcopy(net),
@@ -239,23 +241,27 @@ def converge(
             data = replace(data, pairs=_pairs(parts, data.cond, run))
         trainer = Trainer(cls(parts, **chosen), data, run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
-    student = trainer.finish()
+    student, own = trainer.finish(), getattr(trainer.method, "few", few)
 
     generator = torch.Generator().manual_seed(seed + 2)
     share = torch.stack([teacher.weights[teacher.labels == c].sum() for c in teacher.classes])
     label = teacher.classes[torch.multinomial(share, SAMPLES, replacement=True, generator=generator)]
     truth, again = teacher.sample(label, generator), teacher.sample(label, generator)
     noise, cond = torch.randn(truth.shape, generator=generator).to(truth), {"label": label}
+
+    def draw(model: nn.Module, noise: Tensor, few: FewStep = few) -> Tensor:
+        return few.sample(model, noise, cond, Draws(seed + 3, 0, SAMPLES))
+
+    if cls.target == "guided":
+        more = torch.randn((2, *truth.shape), generator=generator).to(truth)
+        truth, again = (draw(parts.guide(teacher), z) for z in more)
     floor = sliced_w2(again, truth)
     if cls.target == "modes":
         modes_alone = copy.deepcopy(teacher)
         modes_alone.std.zero_()
         truth = modes_alone.sample(label, generator)
 
-    def draw(model: nn.Module) -> Tensor:
-        return few.sample(model, noise, cond, Draws(seed + 3, 0, SAMPLES))
-
-    x, before = draw(student), draw(net)
+    x, before = draw(student, noise, own), draw(net, noise)
     modes = torch.bincount(teacher.nearest(x), minlength=len(teacher.means)) / SAMPLES
     return Convergence(
         sliced_w2=sliced_w2(x, truth),

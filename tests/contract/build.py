@@ -27,6 +27,8 @@ PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
 LABELS = 3
 ROWS = 24
 PHASES: dict[str, dict[str, Any]] = {
+    "agd": {"points": 3},
+    "boss": {"fine": 4},
     "disback": {"prelude": 2, "record": 1, "interval": 1},
     "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
     "hyper-sd": {"stage_steps": 1},
@@ -34,9 +36,12 @@ PHASES: dict[str, dict[str, Any]] = {
     "mlcm": {"stage_steps": 1},
     "progressive": {"start": 4, "stage_steps": 1},
     "slimflow": {"anneal": 2, "straighten": 1},
+    "speedupnet": {"guide_steps": 1},
 }
 """Options of methods in phases with which four rounds play all of them."""
 SHORT: dict[str, dict[str, Any]] = {
+    "agd": {"points": 4, "student_steps": 8},
+    "boss": {"fine": 10},
     "ct": {"growth": 0},
     "ect": {"stage_steps": 0},
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
@@ -52,6 +57,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "scott": {"grid": 50},
     "slam": {"grid": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
+    "speedupnet": {"hops": 1},
     "tcd": {"grid": 12, "keep": 0.5},
 }
 """Options of methods in phases, or of long chains of steps, for a run whose rounds are known and few: recipes/exact is

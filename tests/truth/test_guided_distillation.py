@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from contract.build import batch as small_batch
+from contract.build import build as small
+from contract.build import data, settings_of, state
 from onestroke.methods.guidance.guided_distillation import GuidedDistillation
 from onestroke.paths import Estimate
 from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.train import Trainer
 from truth import pair_checks as checks
 from truth.checks import T, close, hand_ab, make_path, tensor
 from truth.pair_checks import PATHS, M, S, Shifted
@@ -84,6 +88,28 @@ def then_it_is_halved(cls):
 
 def test_then_it_is_halved():
     then_it_is_halved(GuidedDistillation)
+
+
+def test_stage_one_alone_with_adapters_is_lora_enhanced_distillation():
+    """Adapters of nothing over the teacher's own frozen weights, which do not move; every round is of guidance, for a
+    student of 16 steps."""
+    changes = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "leave"], "student_steps": 16, "renoise": "implied"}
+    trainer = Trainer(
+        small("guided-distillation", settings=settings_of(**changes), guide_steps=4, start=16),
+        data(),
+        settings_of(**changes, steps=4),
+    )
+    method = trainer.method
+    assert all("lora_" in name for name, p in method.student.named_parameters() if p.requires_grad)
+    found = small_batch()
+    t = torch.full((8,), 0.4, dtype=torch.float64)
+    assert torch.equal(method.student(found.noise, t, found.cond).x0, method.teacher(found.noise, t, found.cond).x0)
+    before = state(method.teacher)
+    seen = [set(trainer.one_round(0.0)) for _ in range(4)]
+    assert seen == [{"student/guide"}] * 4
+    assert all(torch.equal(v, before[k]) for k, v in method.teacher.state_dict().items())
+    assert (method.student(found.noise, t, found.cond).x0 != method.teacher(found.noise, t, found.cond).x0).all()
+    assert GuidedDistillation.max_steps >= 16
 
 
 def guides(module):

@@ -17,13 +17,16 @@ class GuidedDistillation(Progressive):
     `progressive`).
 
     guide_steps: 0, ours: as long as a stage. start, stage_steps: as in `progressive`, but that 0 counts the stage of
-    guidance too.
+    guidance too. With guide_steps the run's steps, stage one is all: a student of many steps without guidance; that
+    with a lora_rank, so that adapters over the frozen teacher are all that is trained, is LoRA-enhanced distillation
+    (Golnari, arXiv 2312.06899).
     Ours: one guidance scale, the run's, where the published student is told a scale drawn from a range (w - 1 in
     [2, 14] for Stable Diffusion); the deterministic sampler.
     """
 
     paper = "Guided distillation, arXiv 2210.03142"
     passes = {"student": 1, "teacher": 2}
+    max_steps = 64
 
     def __init__(self, parts: Parts, guide_steps: int = 0, start: int = 128, stage_steps: int = 0):
         super().__init__(parts, start, stage_steps)

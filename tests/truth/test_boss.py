@@ -1,0 +1,244 @@
+"""BOSS: the knots are the cheapest of all, and a student straightened between them ends where the small steps do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from onestroke.errors import InputError
+from onestroke.method import Batch, Mean
+from onestroke.methods.flow.boss import Boss, cheapest
+from onestroke.paths import Estimate, like
+from onestroke.run import plan_run
+from onestroke.sampling import FewStep
+from onestroke.teachers.gaussian import GaussianMixture
+from truth import pair_checks as checks
+from truth.checks import F64, close, hand_ab, labels, make_path, tensor
+from truth.pair_checks import PATHS, S, end_of
+from truth.test_mutants import broken
+
+SOURCE = "onestroke.methods.flow.boss"
+
+
+def build(cls, path, student, teacher, steps=1, **options):
+    few = FewStep(path, path.grid(steps), renoise="implied")
+    return cls(replace(checks.parts(path, teacher, student, None), few=few), **options)
+
+
+class At(checks.Given):
+    """Draws whose uniform numbers are given."""
+
+    def __init__(self, z, u):
+        super().__init__(z)
+        self.u = torch.as_tensor(u, dtype=F64).expand(len(z))
+
+    def uniform(self, lo=0.0, hi=1.0):
+        return self.u
+
+
+# ---- dynamic programming -------------------------------------------------------------------------------------
+
+
+def programming_equals_brute_force(cheapest):
+    """Against every choice of the inner knots, at costs that are no distances."""
+    for seed, steps in itertools.product(range(4), (1, 2, 3, 5, 9)):
+        cost = torch.rand(10, 10, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+        def total(knots, cost=cost):
+            return sum(cost[i, j].item() for i, j in itertools.pairwise(knots))
+
+        every = [(0, *inner, 9) for inner in itertools.combinations(range(1, 9), steps - 1)]
+        found = cheapest(cost, steps)
+        assert tuple(found) in every
+        assert total(found) == pytest.approx(min(map(total, every)), abs=1e-12)
+
+
+def test_programming_equals_brute_force():
+    programming_equals_brute_force(cheapest)
+
+
+def gain(knots, kappa):
+    """What the steps between the knots make of unit noise."""
+    return math.prod(kappa(t, s) for t, s in itertools.pairwise(knots))
+
+
+def first_round(cls, steps, fine=100):
+    """The method after its first question is answered by itself, on a Gaussian of mean 0 and deviation 1 / 2."""
+    path, z = make_path("flow"), noise_of_one()
+    teacher = GaussianMixture(path, tensor([0.0]), S)
+    method = build(cls, path, checks.Slope(path), teacher, steps, fine=fine, knots="best")
+    game = method.step(Batch(z, labels(len(z)), At(z, 0.0)), 0)
+    question = next(game)
+    assert isinstance(question, Mean)
+    game.send(question.value)
+    return method, path
+
+
+def noise_of_one():
+    """Four numbers of mean square 1."""
+    return tensor([1.0], [-1.0], [1.0], [-1.0])
+
+
+def sheet_s_knots(cls):
+    """Sheet 5.4, s = 1 / 2: knots {1, .32, 0} and {1, .57, .34, .17, 0}, whose untrained gains are .250 and .364 where
+    equal steps have .200 and .341 and all hundred .4926."""
+
+    def kappa(t, s):
+        return ((1 - s) * (1 - t) * S**2 + s * t) / ((1 - t) ** 2 * S**2 + t**2)
+
+    for steps, knots, best, even in (
+        (2, (1, 0.32), 0.250, 0.200),
+        (4, (1, 0.57, 0.34, 0.17), 0.364, 0.341),
+    ):
+        method, _ = first_round(cls, steps)
+        assert method.few.times == pytest.approx(knots, abs=1e-9)
+        assert method.few.renoise == "implied"
+        assert gain((*knots, 0), kappa) == pytest.approx(best, abs=6e-4)
+        assert gain([k / steps for k in range(steps, -1, -1)], kappa) == pytest.approx(even, abs=6e-4)
+    assert gain([k / 100 for k in range(100, -1, -1)], kappa) == pytest.approx(0.4926, abs=6e-5)
+
+
+def test_the_sheet_s_knots():
+    sheet_s_knots(Boss)
+
+
+# ---- straightening -------------------------------------------------------------------------------------------
+
+
+class Chords(nn.Module):
+    """A student that knows, at the state of each knot, the (x0, eps) of the chord: on a Gaussian they are linear in x.
+
+    off: what is added to the velocity."""
+
+    def __init__(self, path, table, off=0.0):
+        super().__init__()
+        self.path, self.table, self.off = path, table, nn.Parameter(tensor(off))
+
+    def forward(self, x, t, cond):
+        gain = torch.stack([tensor(self.table[round(v, 9)]) for v in t.tolist()])
+        x0 = like(gain, x) * x
+        est = self.path.split(x, x0, t, "x0")
+        return Estimate(est.x0, est.eps + self.off)
+
+
+def straightened(name, steps, fine):
+    """x0 / x of the chords of a Gaussian's DDIM way, and its end, typed by hand: x -> kappa x with
+    kappa = (a c S^2 + b d) / (a^2 S^2 + b^2)."""
+    path = make_path(name)
+    few, part = path.grid(steps), fine // steps
+    ends = [(t, s, i / part) for t, s in itertools.pairwise([*few, 0.0]) for i in range(part)]
+    times = [path.snap(tensor(t + (s - t) * u)).item() for t, s, u in ends]
+    scale, states = end_of(path)[2], []
+    for k, t in enumerate(times):
+        states.append(scale)
+        a, b = hand_ab(name, t)
+        c, d = hand_ab(name, times[k + 1]) if k + 1 < fine else (1.0, 0.0)
+        scale *= (a * c * S**2 + b * d) / (a**2 * S**2 + b**2)
+    table = {}
+    for k in range(steps):
+        (a, b), x = hand_ab(name, few[k]), states[k * part]
+        if k + 1 < steps:
+            (c, d), y = hand_ab(name, few[k + 1]), states[(k + 1) * part]
+            table[round(few[k], 9)] = (y - d / b * x) / (c - d / b * a) / x
+        else:
+            table[round(few[k], 9)] = scale / x
+    return path, table, scale
+
+
+def straight_is_where_small_steps_end(cls, name, steps=4, fine=8):
+    """The loss vanishes at the chords of every knot, is the velocity error off them, and the student's own few steps
+    then end where the teacher's small ones do."""
+    path, table, end = straightened(name, steps, fine)
+    teacher, z = GaussianMixture(path, tensor([0.0]), S), checks.noise()
+    u = (torch.arange(8) % steps + 0.5) / steps  # every chord
+    for off in (0.0, 0.3):
+        student = Chords(path, table, off)
+        method = build(cls, path, student, teacher, steps, fine=fine)
+        close(checks.losses(method, Batch(z, labels(8), At(z, u)))["chord"], tensor(off).square().sum(), 1e-6, 1e-12)
+        if not off:
+            close(method.few.sample(student, z, labels(8)), end * z, 1e-7)
+            assert method.few.times == path.grid(steps)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_straight_is_where_small_steps_end(name, steps):
+    straight_is_where_small_steps_end(Boss, name, steps)
+
+
+class Asked(nn.Module):
+    """Remembers when it is called."""
+
+    def forward(self, x, t, cond):
+        self.t = t
+        return Estimate(x, x)
+
+
+def test_it_is_trained_at_its_knots_alone():
+    method, _ = first_round(Boss, 2)
+    method.student, z = Asked(), noise_of_one()
+    list(method.step(Batch(z, labels(4), At(z, tensor(0.0, 0.4, 0.6, 0.99))), 1))
+    close(method.student.t, tensor(1.0, 1.0, 0.32, 0.32))
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"knots": "own"}, "knots='own' must be one of grid, best"),
+        ({"fine": 3}, "a grid of 3 steps has no 2 equal segments; take a multiple of 2"),
+        ({"fine": 1000}, "a grid of 1000 steps has more of them than the teacher has times"),
+    ],
+)
+def test_bad_options(options, said):
+    path = make_path("table")
+    with pytest.raises(InputError, match=said):
+        build(Boss, path, checks.Slope(path), checks.two_modes(path), 2, **options)
+
+
+def test_a_pipeline_carries_no_times_of_its_own():
+    with pytest.raises(InputError, match="has times of its own, which a plain pipeline's scheduler does not carry"):
+        plan_run("emoji64", "boss", ["a"], {"knots": "best"})
+    assert plan_run("emoji64", "boss", ["a"], {})[2] == {}
+
+
+# ---- do the checks notice? -----------------------------------------------------------------------------------
+
+
+def brute(module):
+    programming_equals_brute_force(module.cheapest)
+
+
+def knots(module):
+    sheet_s_knots(module.Boss)
+
+
+def chords(module):
+    for name in ("vp", "table"):
+        straight_is_where_small_steps_end(module.Boss, name)
+
+
+MUTANTS = [
+    ("tril() > 0", "tril(-1) > 0", brute),
+    ("(cost + best).min(1)", "(cost + best).min(0)", brute),
+    ("choices.insert(0, choice)", "choices.append(choice)", brute),
+    ("(a[j] + b[j]).to(est.x0)", "a[j].to(est.x0)", knots),
+    ("- states[j]", "- states[i]", knots),
+    ("line.x0, y)", "line.x0, line.x0)", chords),
+    ("self.marks[k], self.marks[k + 1]", "self.marks[k], self.marks[k] + 1", chords),
+    ("else est.x0\n", "else x\n", chords),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
+def test_the_check_fails_on_the_mutant(old, new, check):
+    check(broken(SOURCE, old, old))
+    with pytest.raises(AssertionError):
+        check(broken(SOURCE, old, new))
