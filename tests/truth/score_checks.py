@@ -141,6 +141,18 @@ class Probe(torch.nn.Module):
         return self.net(x, t, cond)
 
 
+class Told(torch.nn.Module):
+    """A stand-in for the network that reads a second time: it keeps what it is told."""
+
+    def __init__(self, net, shape, null):
+        super().__init__()
+        self.net, self.told = net, []
+
+    def forward(self, x, t, cond):
+        self.told.append(cond)
+        return self.net(x, t, {"label": cond["label"]})
+
+
 def gradient_flows_through_teacher_and_fake(cls, path, **options):
     """Into the inputs of both, not into their parameters; their parameters are trainable again afterwards."""
     z, e = fourfold(2)

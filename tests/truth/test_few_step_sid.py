@@ -171,6 +171,45 @@ def test_every_round_trains_one_step_of_the_mixture():
     mixture(FewStepSiD)
 
 
+def apart(cls, steps=3, rounds=12):
+    """The fake reads k over the number of steps in both turns, and the teacher does not; of one step, it reads none."""
+    path, met = make_path("flow"), set()
+    for step in range(rounds):
+        student = checks.Affine(path, tensor(0.4), tensor(0.8))
+        given = checks.parts(path, Spy(checks.gauss(path, 0.3, 1.1)), student, checks.gauss(path, 0.9, 0.8))
+        method = cls(replace(given, few=FewStep(path, path.grid(steps))), apart=True)
+        list(method.step(Batch(torch.zeros(1, 1, dtype=F64), labels(1), Draws(0, step, 1)), step))
+        read = [round(steps * cond["s"].item(), 6) for cond in method.fake.told]
+        assert read == [read[0]] * 2
+        assert method.teacher.told == [False]
+        met.add(read[0])
+    assert met == set(range(steps))
+    assert not cls(replace(given, few=FewStep(path, path.grid(1))), apart=True).apart
+
+
+class Spy(torch.nn.Module):
+    """A network that keeps whether it was told a second time."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.told = net, []
+
+    def forward(self, x, t, cond):
+        self.told.append("s" in cond)
+        return self.net(x, t, cond)
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch):
+    """Broken copies of the source import it anew."""
+    monkeypatch.setattr("onestroke.methods.score.few_step_sid.TwoTimes", checks.Told)
+    monkeypatch.setattr("onestroke.denoiser.TwoTimes", checks.Told)
+
+
+def test_steps_apart_are_told_to_the_fake():
+    apart(FewStepSiD)
+
+
 def test_the_implied_noise_is_the_euler_step_of_the_flow():
     """x_s = (1 - s) D + s eps_hat = x_t + (s - t) u with u = (x_t - D) / t; "fixed" takes the first noise."""
     path, times = Flow(), (0.99, 0.7, 0.4, 0.1)
@@ -239,12 +278,15 @@ MUTANTS = [
     ("self.guide(self.fake, self.in_training)", "self.fake", fake),
     ('time_weight("1/sigma^2"', 'time_weight("1/sigma"', fake),
     ("self.alpha, weight)", "1.0, weight)", one_step_is_sid),
+    ("self.path, x, told, t", "self.path, x, cond, t", apart),
+    ("(xt, t, self.told(cond, k)).x0", "(xt, t, cond).x0", apart),
+    ("k / len(self.few.times), device", "1 - k / len(self.few.times), device", apart),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
 def test_the_check_fails_on_the_mutant(old, new, check):
-    given = () if check is mixture else ("vp",)
+    given = () if check in (mixture, apart) else ("vp",)
     check(broken("onestroke.methods.score.few_step_sid", old, old).FewStepSiD, *given)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, KeyError)):
         check(broken("onestroke.methods.score.few_step_sid", old, new).FewStepSiD, *given)

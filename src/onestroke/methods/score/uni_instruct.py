@@ -75,7 +75,7 @@ class UniInstruct(SiDA):
             a, b = self.path.ab(t)
             scores = like(a / b**2, gap) * gap.detach()
             r = ratio * (1 + ((xt - xt.detach()) * scores).flatten(1).sum(1))
-            h, slope = torch.func.jvp(weigh, (r,), (r,))  # slope: r h'(r)
+            h, slope = torch.func.jvp(weigh, (r,), (r,))[:2]  # slope: r h'(r)
             return (1 + slope / h) / 2, h / mean
 
         yield from self.descend(batch, t, eps, joined, rule)
