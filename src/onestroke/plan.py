@@ -234,9 +234,11 @@ def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, opti
     """The plan of a method on the teacher that `load` makes without storage."""
     with watched() as memory:
         teacher = load()
-        playing = method(parts_of(teacher, run), **options)
+        null = teacher.null
+        parts = replace(parts_of(teacher, run), encode=lambda texts: null)  # the shapes of one prompt are those of any
+        playing = method(parts, **options)
         rows = max(prompts, run.batch_size * run.accumulate)
-        cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in teacher.null.items()}
+        cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         size = run.batch_size
         trainer = HollowTrainer(memory, hollow(playing), Data(teacher.shape, cond), run)
         trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()})

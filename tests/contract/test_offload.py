@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from contract.build import PHASES, build, data, settings_of, snapshot, trained
 from onestroke.errors import InputError
@@ -14,11 +16,33 @@ from onestroke.train import Trainer
 LORA = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "leave"], "accumulate": 2}
 
 
+class Devices(TorchDispatchMode):
+    """Refuses to compute with tensors at home and on the device together, as a GPU does. Copying is between them, and
+    `follow` (by lerp) brings the one to the other first."""
+
+    def __init__(self, offload: Offload):
+        super().__init__()
+        self.offload = offload
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        home = {t.untyped_storage()._cdata for t in self.offload.homes.values()}
+        given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor) and t.ndim]
+        away = [t.untyped_storage()._cdata in home for t in given]
+        moves = any(name in str(function) for name in ("copy", "lerp_"))
+        if any(away) and not all(away) and not moves:
+            raise AssertionError(f"{function} of tensors at home and on the device")
+        return function(*args, **(kwargs or {}))
+
+
 class TwoHomes(Trainer):
     """A trainer whose main memory is not its device's."""
 
     def home(self, device):
         return torch.clone
+
+    def one_round(self, progress):
+        with Devices(self.offload):
+            return super().one_round(progress)
 
 
 @pytest.fixture
@@ -85,6 +109,16 @@ def test_shared_weights_are_there_once():
         assert not offload.idle(shared)
     assert shared.data_ptr() == home
     assert (offload.moves, own.tolist(), shared.tolist()) == (2, [1.0, 1.0], [0.0, 0.0, 0.0])
+
+
+def test_the_stand_in_tells_devices_apart():
+    offload = Offload(torch.device("cpu"), torch.clone)
+    offload.add("role", [weight := torch.ones(2)])
+    with Devices(offload):
+        with pytest.raises(AssertionError, match="at home and on the device"):
+            weight + torch.ones(2)
+        with offload.here("role"):
+            weight + torch.ones(2)
 
 
 def test_a_role_may_be_called_inside_a_transform():

@@ -127,6 +127,11 @@ def test_on_the_command_line(onestroke, pipeline_folder):
     assert wrong.err.count("\n") == 1
 
 
+def test_a_method_that_encodes_prompts_of_its_own(pipeline_folder):
+    """As many as it is given; nothing is read for them."""
+    assert plan(pipeline_folder, "pg-sb", batch_size=1, negatives="blurry; ugly").peak > 0
+
+
 def test_a_gpu_keeps_no_matrix_of_attention(teachers):
     """What the difference is made of: the weights of every pair of tokens, where a CPU keeps them."""
     teacher, folder = teachers["sd15"], teachers.root / "sd15"
