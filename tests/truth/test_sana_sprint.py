@@ -71,7 +71,7 @@ def test_without_guidance_there_is_one():
 
 def adversarial(cls, name="vp"):
     """Student: -1/2 x a slope / B on the samples noised again; heads: half the hinge, each sample under new noise."""
-    (a, b), path = hand_ab(name), make_path(name)
+    (a, b), path = hand_ab(name, T), make_path(name)
     normals = torch.randn(6, 8, 1, generator=torch.Generator().manual_seed(31), dtype=torch.float64)
     x0, student = 5 * (M + TAU * normals[0]), Free(MU + 5 * S * normals[1])
     method = made(cls, name, student, gan.Seen(gauss(path, M, TAU)), 1.0)
