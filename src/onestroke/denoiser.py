@@ -87,7 +87,8 @@ def fused_attention() -> Iterator[None]:
 def plain_attention(x: Tensor) -> Iterator[None]:
     """Attention to x by matrix products where fused kernels are slow backward, on a CPU, or cannot be: under
     forward-mode differentiation."""
-    if (x.device.type == "cpu" and not _fused) or unpack_dual(x).tangent is not None:
+    slow = x.device.type == "cpu" and torch.is_grad_enabled() and not _fused
+    if slow or unpack_dual(x).tangent is not None:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     else:

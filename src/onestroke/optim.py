@@ -62,7 +62,8 @@ def eight_bit() -> Any:
 
         def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
             kept = self.state[p]
-            self.name2qmap = {k: v.to(p.device) for k, v in self.name2qmap.items()}  # once, and not again
+            for k, v in list(self.name2qmap.items()):
+                self.name2qmap[k] = v.to(p.device)  # once, and not again
             tables = {"qmap1": self.name2qmap["dynamic"], "qmap2": self.name2qmap["udynamic"]}
             self.state[p] = {**kept, **tables, "step": int(kept["step"])}
             super().update_step(group, p, gindex, pindex)

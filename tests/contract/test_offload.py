@@ -22,12 +22,11 @@ class Devices(TorchDispatchMode):
 
     def __init__(self, offload: Offload):
         super().__init__()
-        self.offload = offload
+        self.home = {t.untyped_storage()._cdata for t in offload.homes.values()}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        home = {t.untyped_storage()._cdata for t in self.offload.homes.values()}
         given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor) and t.ndim]
-        away = [t.untyped_storage()._cdata in home for t in given]
+        away = [t.untyped_storage()._cdata in self.home for t in given]
         moves = any(name in str(function) for name in ("copy", "lerp_"))
         if any(away) and not all(away) and not moves:
             raise AssertionError(f"{function} of tensors at home and on the device")

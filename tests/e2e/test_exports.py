@@ -19,6 +19,7 @@ from conftest import PROMPTS, tiny_pipeline
 from e2e.test_cli import UNET, check_refused, digest
 from families import FAMILIES, pipeline_of
 from onestroke import exports, model_card
+from onestroke.denoiser import fused_attention, plain_attention
 from onestroke.exports import OnnxStudent, extract, with_adapters
 from onestroke.parity import by_diffusers, by_training_sampler, check_pipeline, gap, open_plain
 from onestroke.roles import adapters
@@ -313,6 +314,16 @@ def test_channels_last_and_compile_draw_the_same(full, monkeypatch):
     cond = slow.model.encode(PROMPTS)
     for steps in (1, 4):
         torch.testing.assert_close(fast.latents(cond, 3, steps), slow.latents(cond, 3, steps), rtol=0, atol=1e-4)
+
+
+def test_attention_is_fused_where_nothing_is_differentiated():
+    """On a CPU fused kernels are the quicker ones forward and the slower ones backward."""
+    with plain_attention(torch.zeros(1)):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    with fused_attention(), plain_attention(torch.zeros(1)):
+        assert torch.backends.cuda.flash_sdp_enabled()
+    with torch.no_grad(), plain_attention(torch.zeros(1)):
+        assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_a_tiny_decoder_takes_the_place_of_the_decoder(full, tmp_path):
