@@ -31,6 +31,7 @@ from onestroke.method import NEEDS, Method, Parts, frozen, play
 from onestroke.methods import METHODS, describe, get_method, options
 from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
+from onestroke.settings import Settings
 from onestroke.train import Trainer
 from onestroke.truth import converge, fit, inside, ring
 from truth.checks import turns_of
@@ -146,6 +147,7 @@ def test_claims_are_complete(name):
     assert cls.needs <= NEEDS.keys()
     assert cls.max_steps >= 1
     assert inspect.Parameter.empty not in options(cls).values()
+    assert not options(cls).keys() & vars(Settings()).keys(), "a setting of the run hides the option"
     for option in options(cls):
         assert re.search(rf"\b{option}\b", cls.__doc__ or ""), f"the docstring does not tell what {option} is"
 

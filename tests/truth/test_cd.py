@@ -18,7 +18,7 @@ from truth.test_mutants import broken
 
 
 def by_hand(cls, name="vp", distance="l2"):
-    assert checks.loss_is_by_hand(cls, name, distance, solver="euler") == {"slow": 0.95}
+    assert checks.loss_is_by_hand(cls, name, distance, scheme="euler") == {"slow": 0.95}
 
 
 @pytest.mark.parametrize("distance", ["l2", "l1", "huber"])
@@ -40,25 +40,25 @@ def test_the_exact_function_is_a_fixed_point(name):
     rests(CD, name)
 
 
-def published_gains(cls, solver="heun", count=18, ratio=1.05528):
+def published_gains(cls, scheme="heun", count=18, ratio=1.05528):
     """The optimum of the method's loss on the published grid, over the exact map: sheet 2."""
     path = EDM()
     grid = checks.ladder(path, count)
-    method = checks.made(cls, path, Levels(path, grid), 0.0, levels=count, solver=solver)
+    method = checks.made(cls, path, Levels(path, grid), 0.0, levels=count, scheme=scheme)
     line = checks.solved(method, path, grid)
-    assert checks.ratio(path, line) == pytest.approx(ratio, abs=6e-5 if solver == "euler" else 6e-6)
-    if solver == "euler":
+    assert checks.ratio(path, line) == pytest.approx(ratio, abs=6e-5 if scheme == "euler" else 6e-6)
+    if scheme == "euler":
         close(line[1:, 0], checks.gains(path, grid)[1:])
     close(line[:, 1], torch.zeros(count), atol=1e-9)
     return method
 
 
 @pytest.mark.parametrize(
-    ("solver", "count", "ratio"),
+    ("scheme", "count", "ratio"),
     [("euler", 18, 0.8461), ("euler", 40, 0.9297), ("heun", 18, 1.05528), ("heun", 40, 1.00978)],
 )
-def test_the_gains_of_n_levels_are_the_published_ones(solver, count, ratio):
-    method = published_gains(CD, solver, count, ratio)
+def test_the_gains_of_n_levels_are_the_published_ones(scheme, count, ratio):
+    method = published_gains(CD, scheme, count, ratio)
     assert len(method.grid) == count
 
 
@@ -80,7 +80,7 @@ def guided(cls):
     """The teacher moves under guidance, the student and its average are asked for the class alone."""
     path, t, s, scale = make_path("vp"), 0.7, 0.6, 4.5
     method = checks.made(cls, path, Line(path, 0.7, 0.2), scale=scale, teacher=two_classes(path, 0.9, 0.5),
-                         solver="euler")  # fmt: skip
+                         scheme="euler")  # fmt: skip
     z, e = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(44), dtype=torch.float64)
     with checks.pair(t, s):
         (turn,) = method.step(Batch(e, labels(6, 0), Given(e), z), 0)
@@ -107,8 +107,8 @@ def test_a_table_holds_fewer_levels():
 
 def test_what_does_not_exist_is_refused():
     path = make_path("vp")
-    with pytest.raises(InputError, match="unknown solver 'huen'"):
-        checks.made(CD, path, Line(path, 1.0, 0.0), solver="huen")
+    with pytest.raises(InputError, match="unknown scheme 'huen'"):
+        checks.made(CD, path, Line(path, 1.0, 0.0), scheme="huen")
     with pytest.raises(InputError, match="unknown distance 'lpips'"):
         checks.made(CD, path, Line(path, 1.0, 0.0), distance="lpips")
 
@@ -127,7 +127,7 @@ MUTANTS = [
     ("keep: float = 0.95", "keep: float = 0.99", by_hand),
     ('follow={"slow": self.keep}', "follow={}", by_hand),
     ("self.guide(self.teacher)", "self.teacher", guided),
-    ('solver: str = "heun"', 'solver: str = "euler"', published_default),
+    ('scheme: str = "heun"', 'scheme: str = "euler"', published_default),
 ]  # fmt: skip
 
 

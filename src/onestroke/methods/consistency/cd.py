@@ -18,7 +18,7 @@ class CD(Method):
     second, which at the last level is that state itself.
 
     levels: of the ramp, published 40 (ImageNet, LSUN) and 18 (CIFAR-10); a table of times may hold fewer near the data.
-    solver: the teacher's step, published heun; euler, or DDIM, costs half. keep: of the average per round, published
+    scheme: of the teacher's step, published heun; euler, or DDIM, costs half. keep: of the average per round, published
     0.95. distance: l2, l1 or huber (see `terms.DISTANCES`).
     Ours: latents, so l2 in place of LPIPS, the published default; f(x, 0) = x holds as the path and the prediction give
     it, without a parameterisation of its own. Published settings (LSUN): batch 2048, RAdam 1e-5, average of 0.99994.
@@ -32,14 +32,14 @@ class CD(Method):
     max_steps = 8
     defaults = {"lr": {"student": 1e-5}, "batch_size": 2048, "ema": 0.99994}
 
-    def __init__(self, parts: Parts, levels: int = 40, solver: str = "heun", keep: float = 0.95, distance: str = "l2"):
+    def __init__(self, parts: Parts, levels: int = 40, scheme: str = "heun", keep: float = 0.95, distance: str = "l2"):
         super().__init__(parts)
         self.student, self.slow, self.teacher = parts.student, parts.target(), parts.teacher
         self.path, self.guide, self.keep = parts.path, parts.guide, keep
         self.grid = parts.path.snap(times.ladder(parts.path, levels)).unique()
-        if solver not in STEPS:
-            raise unknown("solver", solver, STEPS)
-        self.move, self.distance = STEPS[solver], terms.DISTANCES[terms.checked_distance(distance)]
+        if scheme not in STEPS:
+            raise unknown("scheme", scheme, STEPS)
+        self.move, self.distance = STEPS[scheme], terms.DISTANCES[terms.checked_distance(distance)]
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
