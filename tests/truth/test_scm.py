@@ -155,6 +155,8 @@ def test_without_a_teacher_the_velocity_is_that_of_the_data():
     without_a_teacher(SCM)
     with pytest.raises(InputError, match=r"unknown velocity 'datum'\. Did you mean 'data'"):
         made(SCM, Trig(), Consistent(Trig()), velocity="datum")
+    with pytest.raises(InputError, match="unknown weight 'uno'"):
+        made(SCM, Trig(), Consistent(Trig()), weight="uno")
 
 
 # ---- levels and their weight ---------------------------------------------------------------------------------------
@@ -201,10 +203,11 @@ def weight(cls):
         second.terms["variance"].backward()
         assert student.shift.grad is None
         close(method.weight.series.grad[0], 1 - math.exp(-v) * plain)
-    fixed = made(cls, path, student, adaptive=False)
-    fixed.weight.series.data[:1] = 0.3
-    with at(0.4, path):
-        close(next(fixed.step(checks.batch(), LATE)).terms["change"], plain)
+    for scheme, ratio in (("tan", 1.0), ("one", angle.tan().item())):
+        fixed = made(cls, path, student, weight=scheme)
+        fixed.weight.series.data[:1] = 0.3
+        with at(0.4, path):
+            close(next(fixed.step(checks.batch(), LATE)).terms["change"], ratio * plain)
 
 
 def test_the_weight_learns_the_loss_of_a_level():
@@ -272,7 +275,7 @@ MUTANTS = [
     ("ramp: int = 10_000", "ramp: int = 5_000", along),
     ("norm: float = 0.1", "norm: float = 0.2", along),
     ("- old) / self.sigma_data - g", "- old) / self.sigma_data + g", along),
-    ("* (a / b).to(x), t", "* (b / a).to(x), t", along),
+    ("else a / b", "else b / a", along),
     ("RADIAN * OnPath", "OnPath", along),
     ("- old) / self.sigma_data", "- old)", half),
     ("self.guide(self.teacher)", "self.teacher", fixed),
@@ -280,7 +283,8 @@ MUTANTS = [
     ("loss.detach()", "loss", weighs),
     ("(-known).exp() * loss + known", "(-known).exp() * loss - known", weighs),
     ("((-known).exp() * loss).mean(), **more", "(known.exp() * loss).mean(), **more", weighs),
-    ("if self.adaptive else", "if not self.adaptive else", weighs),
+    ('if self.scheme == "learned" else', 'if self.scheme != "learned" else', weighs),
+    ('if self.scheme == "one" else', 'if self.scheme != "one" else', weighs),
     ("mean: float = -1.0", "mean: float = -0.8", drawn),
     ("std: float = 1.4", "std: float = 1.6", drawn),
 ]

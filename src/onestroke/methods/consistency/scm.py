@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +46,14 @@ class SCM(Method):
     mean, std: of the log noise-to-signal ratio, published -1 and 1.4 (1.6 on ImageNet). sigma_data: deviation of the
     data, published 0.5 for data of that one. ramp: rounds of the warm-up, published 10,000. norm: published 0.1.
     velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT): cos(tau) z - sin(tau)
-    x0, for which neither the teacher nor the run's guidance_scale is asked. adaptive: whether the loss of a level is
-    learned and divided by, or is one. forward: derivatives in forward mode, or by differences, two more calls.
+    x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned", "tan" without what is
+    learned, or "one": with it, mean=-0.8, std=1.6 and guidance_scale 5 this is the forward half of rCM (arXiv
+    2510.08431), whose warm-up is another. forward: derivatives in forward mode, or by differences, two more calls.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
     angle alone. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
     """
 
-    players: ClassVar[tuple[str, ...]] = ("student", "weight")
+    players: tuple[str, ...] = ("student", "weight")
     needs = frozenset({"x0"})
     paper = "sCM, arXiv 2410.11081"
     passes = {"student": 2, "teacher": 2}
@@ -69,18 +69,20 @@ class SCM(Method):
         ramp: int = 10_000,
         norm: float = 0.1,
         velocity: str = "teacher",
-        adaptive: bool = True,
+        weight: str = "learned",
         forward: bool = True,
     ):
         super().__init__(parts)
         if velocity not in ("teacher", "data"):
             raise unknown("velocity", velocity, ("teacher", "data"))
+        if weight not in ("learned", "tan", "one"):
+            raise unknown("weight", weight, ("learned", "tan", "one"))
         self.student: nn.Module = parts.student
         self.teacher, self.weight = parts.teacher, LogVariance(parts.student)
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
-        self.velocity, self.adaptive, self.tangent = velocity, adaptive, Tangent(forward)
+        self.velocity, self.scheme, self.tangent = velocity, weight, Tangent(forward)
 
     def speed(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
@@ -107,12 +109,13 @@ class SCM(Method):
         g = g / (like(g.flatten(1).norm(dim=1), g) + self.norm)
         error = (self.speed(self.student, x, t, cond) - old) / self.sigma_data - g
         a, b = self.angles.ab(t)
-        return error.square().flatten(1).mean(1) * (a / b).to(x), t
+        weight = torch.ones_like(t) if self.scheme == "one" else a / b
+        return error.square().flatten(1).mean(1) * weight.to(x), t
 
     def turns(self, loss: Tensor, t: Tensor, **more: Tensor):
         """The student's turn, `more` its other terms, and that of the learned weight."""
         with torch.no_grad():
-            known = self.weight(self.angles, t) if self.adaptive else 0 * loss
+            known = self.weight(self.angles, t) if self.scheme == "learned" else 0 * loss
         yield Turn("student", {"change": ((-known).exp() * loss).mean(), **more})
         known, loss = self.weight(self.angles, t), loss.detach()
         yield Turn("weight", {"variance": ((-known).exp() * loss + known).mean()})
