@@ -62,9 +62,10 @@ def eight_bit() -> Any:
 
         def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
             kept = self.state[p]
-            for k, v in list(self.name2qmap.items()):
-                self.name2qmap[k] = v.to(p.device)  # once, and not again
-            tables = {"qmap1": self.name2qmap["dynamic"], "qmap2": self.name2qmap["udynamic"]}
+            codes: dict[str, Tensor] = self.name2qmap
+            for k, v in list(codes.items()):
+                codes[k] = v.to(p.device)  # once, and not again
+            tables = {"qmap1": codes["dynamic"], "qmap2": codes["udynamic"]}
             self.state[p] = {**kept, **tables, "step": int(kept["step"])}
             super().update_step(group, p, gindex, pindex)
             self.state[p] = {**kept, "step": kept["step"].add_(1)}

@@ -70,7 +70,7 @@ def test_steps_composed_of_the_shortest_are_the_fixed_point_and_their_gain_is_tr
         return (1 - table[i] / table[j]) / (t - s)
 
     student = Linear(p, rows=64)
-    method = made(Shortcut, student, checks.gauss(Flow(), 0.0), steps=steps, share=0.5)
+    method = made(Shortcut, student, checks.gauss(Flow(), 0.0), grid=steps, share=0.5)
     for step in range(4):
         (turn,) = method.step(checks.batch(64, draw=Draws(0, step, 64)), 0)
         assert checks.pull(turn, student).abs().max() < 1e-9
@@ -163,8 +163,8 @@ def test_before_the_path_begins_the_student_is_read_where_it_does():
 
 
 def test_the_number_of_steps_must_halve():
-    with pytest.raises(InputError, match="steps=100 must be 2 doubled some times"):
-        made(Shortcut, Linear(None), steps=100)
+    with pytest.raises(InputError, match="grid=100 must be 2 doubled some times"):
+        made(Shortcut, Linear(None), grid=100)
     with pytest.raises(InputError, match="unknown velocity 'datum'"):
         made(Shortcut, Linear(None), velocity="datum")
 
@@ -200,7 +200,7 @@ MUTANTS = [
     ("v = batch.noise - x0", "v = x0 - batch.noise", every_part),
     ("share: float = 0.125", "share: float = 0.25", lengths),
     ("keep: float = 0.999", "keep: float = 0.99", every_part),
-    ("self.steps.bit_length() - 1)", "self.steps.bit_length())", lengths),
+    ("self.grid.bit_length() - 1)", "self.grid.bit_length())", lengths),
     ("1 + (draw.uniform() * count).floor()", "(draw.uniform() * count).floor()", lengths),
     ("self.guide(self.teacher)", "self.teacher", guided_mean_is_w_m),
 ]

@@ -20,7 +20,7 @@ class Shortcut(Method):
     the 128th, ..., half or all of the way from noise to data. The shortest regress the velocity of the flow; one twice
     as long the mean of two steps of its averaged weights, the second from where the first ends. Mean squared error.
 
-    steps: the number of the shortest, published 128. share: of the rows that learn the longer ones, published 1/8.
+    grid: the number of the shortest steps, published 128. share: of the rows that learn the longer ones, published 1/8.
     keep: of the averaged weights, published 0.999. limit: of that mean and of where the first step ends, published 4.
     velocity: of the guided "teacher", or of the "data", eps - x0 (published; guidance of that by the network's own is
     not here), for which neither the teacher nor the run's guidance_scale is asked.
@@ -40,7 +40,7 @@ class Shortcut(Method):
     def __init__(
         self,
         parts: Parts,
-        steps: int = 128,
+        grid: int = 128,
         share: float = 0.125,
         keep: float = 0.999,
         limit: float = 4.0,
@@ -49,13 +49,13 @@ class Shortcut(Method):
         super().__init__(parts)
         if velocity not in ("teacher", "data"):
             raise unknown("velocity", velocity, ("teacher", "data"))
-        if steps < 2 or steps & (steps - 1):
-            raise InputError(f"steps={steps} must be 2 doubled some times, for a step to be two of half the length.")
+        if grid < 2 or grid & (grid - 1):
+            raise InputError(f"grid={grid} must be 2 doubled some times, for a step to be two of half the length.")
         self.student, self.teacher = TwoTimes(parts.student, parts.shape, parts.null), parts.teacher
         self.slow = parts.target(self.student)
         self.path, self.guide, self.flow = parts.path, parts.guide, overlap(Flow(), parts.path)
         self.calls = self.flow.time_of(self.path.log_snr(torch.tensor(parts.few.times, dtype=torch.float64)))
-        self.steps, self.share, self.keep, self.limit, self.velocity = steps, share, keep, limit, velocity
+        self.grid, self.share, self.keep, self.limit, self.velocity = grid, share, keep, limit, velocity
 
     def says(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The velocity (B, *D) of a network at x (B, *D) of the straight path, read where its own path has begun."""
@@ -65,7 +65,7 @@ class Shortcut(Method):
         cond, draw, x0 = batch.cond, batch.draw, batch.x0
         assert x0 is not None
         longer = draw.uniform() < self.share
-        count = torch.where(longer, 2 ** (draw.uniform() * (self.steps.bit_length() - 1)).floor(), self.steps)
+        count = torch.where(longer, 2 ** (draw.uniform() * (self.grid.bit_length() - 1)).floor(), self.grid)
         calls = self.calls.to(count)
         length = calls[(draw.uniform() * len(calls)).long()] / count
         t = length * (1 + (draw.uniform() * count).floor())
