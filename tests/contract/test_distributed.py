@@ -34,6 +34,8 @@ CASES = [(name, run) for name in METHODS for run in RUNS]
 STOPS = ("ddp", "fsdp lora")  # the runs that stop and resume: what else they are does not touch a checkpoint
 SIZE = 8  # of a micro-batch of one process
 
+pytestmark = pytest.mark.timeout(1500)  # all cases are played before the first test
+
 
 def play_case(name: str, run: str, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Four rounds without a stop; in STOPS also two rounds, a save and two more by new objects."""
