@@ -51,11 +51,13 @@ def value(divergence, mu, s, a, b):
     return (weights * H[divergence](r) * (uq / q - up / p) ** 2).sum()
 
 
-def turn_of(cls, divergence, path, z, e, dim=1):
+def turn_of(cls, divergence, path, z, e, dim=1, limit=math.inf):
     """The student's gradient at each sample, under the exact log-ratio as the logit."""
     teacher, student = gauss(path, M, TAU, dim), Free(MU + S * z)
     fake = ExactCritic(gauss(path, MU, S, dim), teacher)
-    method = cls(gan_parts(path, teacher, student, fake), divergence=divergence, scale=1.0, prelude=0, gan_from=0)
+    method = cls(
+        gan_parts(path, teacher, student, fake), divergence=divergence, scale=1.0, prelude=0, gan_from=0, limit=limit
+    )
     with at(T):
         game = turns_of(method, Batch(z, labels(len(z)), Given(e, e, e)))
         turn = next(game)
@@ -87,13 +89,17 @@ def expanded(cls, divergence, name="edm"):
         close(got, b**4 / a**2 * 0.5 * slope / (2 * step), rtol=1e-5, atol=1e-7)
 
 
-def levelled(cls, name="vp"):
-    """As it is run, r clipped and over its mean, h over its mean: by central differences through x in 2-D."""
+def levelled(cls, name="vp", limit=math.inf):
+    """As it is run, r clipped and over its mean, h over its mean: by central differences through x in 2-D.
+
+    limit: of the slope of log r, in units of the noise.
+    """
     (a, b), divergence = hand_ab(name), "js"
     z, e = 1.5 * torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(51), dtype=F64)
     x = MU + S * z
-    g = turn_of(cls, divergence, make_path(name), z, e, 2)
-    start = log_ratio(a * x + b * e, a, b)[0]
+    g = turn_of(cls, divergence, make_path(name), z, e, 2, limit)
+    start, slope = log_ratio(a * x + b * e, a, b)
+    at_x, slope = x, (b * slope).clamp(-limit, limit) / b
     ratio = start.exp().clamp(0.1, 20)
     mean = ratio.mean()
     omega = (x - posterior(x, e, a, b)[0]).abs().mean(1)
@@ -101,7 +107,7 @@ def levelled(cls, name="vp"):
 
     def loss(x):
         real, _, fake, _ = posterior(x, e, a, b)
-        r = ratio / mean * (log_ratio(a * x + b * e, a, b)[0] - start).exp()
+        r = ratio / mean * (1 + (a * (x - at_x) * slope).sum(1))
         h, rest = r / (1 + r), (r / (1 + r)) ** 2
         gap = real - fake
         return (rest * gap.square().sum(1) / 2 + h * (gap * (fake - x)).sum(1)) / omega / h_mean
@@ -134,6 +140,7 @@ def test_the_expansion_of_the_reverse_kl_is_the_kl():
 @pytest.mark.parametrize("name", score_checks.PATHS)
 def test_the_gradient_is_the_finite_difference(name):
     levelled(UniInstruct, name)
+    levelled(UniInstruct, name, 0.1)
 
 
 def trained_with(name, step=0, **options):
@@ -173,9 +180,13 @@ def test_what_it_needs():
 
 def test_from_a_narrow_start_fkl_covers_more_modes_than_js_and_js_more_than_rkl():
     """Fixture GMM-2D of the sheet."""
-    run = {"prelude": 0, "gan_from": 0, "hi": 0.3}
+    run = {"prelude": 0, "gan_from": 0, "hi": 0.3, "limit": math.inf}
     covered = [gan_checks.covered(UniInstruct, "sid", d, **run) for d in ("fkl", "js", "rkl")]
     assert covered[0] > covered[1] > covered[2] >= 1, covered
+
+
+def limited(cls):
+    levelled(cls, limit=0.1)
 
 
 def rows(divergence):
@@ -184,11 +195,12 @@ def rows(divergence):
 
 SOURCE = "onestroke.methods.score.uni_instruct"
 MUTANTS = [
-    ("(1 + slope / h) / 2", "(1 - slope / h) / 2", rows("pearson")),
-    ("(1 + slope / h) / 2", "torch.ones_like(h)", rows("js")),
-    ("a / b**2", "a**2 / b**2", levelled),
-    ("a / b**2", "0 * a", rows("fkl")),
-    (") * scores)", ") * -scores)", rows("fkl")),
+    ("(1 + change / h) / 2", "(1 - change / h) / 2", rows("pearson")),
+    ("(1 + change / h) / 2", "torch.ones_like(h)", rows("js")),
+    ("like(a / b, gap)", "like(a**2 / b, gap)", levelled),
+    ("like(a / b, gap)", "like(0 * a, gap)", rows("fkl")),
+    (") * slope)", ") * -slope)", rows("fkl")),
+    (".clamp(-self.limit, self.limit)", "", limited),
     ("/ 2, h / mean", "/ 2, 1 / mean", levelled),
     ("yield from terms.level(ratio, t)", "ratio", levelled),
     ("h / mean", "h", levelled),

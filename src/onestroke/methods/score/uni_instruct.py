@@ -25,10 +25,11 @@ class UniInstruct(SiDA):
 
     divergence: rkl (h = 1, alpha 1/2: the Fisher divergence), fkl (r, alpha 1; published default), jeffreys (1 + r), js
     (r / (1 + r)), hellinger (sqrt r), soft-rkl (1 / (1 + r)), neyman (1 / r) or pearson (r^2). All but rkl need the
-    discriminator. gan_from: the first round of the divergence, too; before it the student plays SiD. gan_weight,
-    critic_weight, prelude, alpha, scale, hi, mean, std, sigma_data: as in SiDA; alpha before gan_from.
-    Ours: as in SiDA; the loss is derived, and its ratio that of f-distill, where the released code takes it from the
-    discriminator's loss.
+    discriminator. limit: of every element of eps_p - eps_psi in the slope of r, which an imperfect fake makes too large
+    where there is little noise. gan_from: the first round of the divergence, too; before it the student plays SiD.
+    gan_weight, critic_weight, prelude, alpha, scale, hi, mean, std, sigma_data: as in SiDA; alpha before gan_from.
+    Ours: as in SiDA; limit; the loss is derived, and its ratio that of f-distill, where the released code takes it from
+    the discriminator's loss.
     Published settings (CIFAR-10): those of SiD.
     """
 
@@ -39,6 +40,7 @@ class UniInstruct(SiDA):
         self,
         parts: Parts,
         divergence: str = "fkl",
+        limit: float = 1.0,
         alpha: float = 1.0,
         scale: float = 100.0,
         gan_weight: float = 0.01,
@@ -51,7 +53,7 @@ class UniInstruct(SiDA):
         sigma_data: float = 0.5,
     ):
         super().__init__(parts, alpha, scale, gan_weight, critic_weight, prelude, gan_from, hi, mean, std, sigma_data)
-        self.divergence = terms.checked_divergence(divergence)
+        self.divergence, self.limit = terms.checked_divergence(divergence), limit
         self.judged = self.judged or divergence != "rkl"
 
     @classmethod
@@ -73,9 +75,9 @@ class UniInstruct(SiDA):
 
         def rule(xt: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
             a, b = self.path.ab(t)
-            scores = like(a / b**2, gap) * gap.detach()
-            r = ratio * (1 + ((xt - xt.detach()) * scores).flatten(1).sum(1))
-            h, slope = torch.func.jvp(weigh, (r,), (r,))[:2]  # slope: r h'(r)
-            return (1 + slope / h) / 2, h / mean
+            slope = (like(a / b, gap) * gap.detach()).clamp(-self.limit, self.limit) / like(b, gap)
+            r = ratio * (1 + ((xt - xt.detach()) * slope).flatten(1).sum(1))
+            h, change = torch.func.jvp(weigh, (r,), (r,))[:2]  # change: r h'(r)
+            return (1 + change / h) / 2, h / mean
 
         yield from self.descend(batch, t, eps, joined, rule)
