@@ -143,6 +143,7 @@ def test_claims_are_complete(name):
     assert len(set(cls.players)) == len(cls.players)
     assert cls.players[0] in ("student", "generator")
     assert {*cls.players, *cls.targets, "teacher"} >= set(cls.passes)
+    assert "average" not in (*cls.players, *cls.targets), "checkpoints keep the student's average under this name"
     assert all(isinstance(n, int) and n > 0 for n in cls.passes.values())
     assert cls.needs <= NEEDS.keys()
     assert cls.max_steps >= 1
