@@ -231,7 +231,7 @@ def methods(
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
             return
-        verdict = "passes" if found.passes(case) else "does not pass"
+        verdict = "passes" if found.passes(check, case) else "does not pass"
         print(
             f"{check} on {case}: sliced-W2 {found.sliced_w2:.4f}, {found.sliced_w2 / found.floor:.2f} x the floor of "
             f"two true samples ({found.start / found.floor:.1f} x before); worst mode at {found.worst_mode:.2f} of its "
