@@ -223,6 +223,7 @@ def converge(
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
         net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
+        torch.manual_seed(seed)  # of the players that begin at random, whatever the fit has drawn
         few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
         parts = Parts(
             copy.deepcopy(net) if "features" in needs else teacher,

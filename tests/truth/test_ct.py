@@ -36,7 +36,7 @@ def test_the_optimum_is_that_of_distillation_by_ddim(name):
     path, count = make_path(name), 12
     grid = checks.ladder(path, count)
     training = checks.made(CT, path, Levels(path, grid), 0.0, last=count - 1, growth=1)
-    distilled = checks.made(CD, path, Levels(path, grid), 0.0, levels=count, solver="euler")
+    distilled = checks.made(CD, path, Levels(path, grid), 0.0, levels=count, scheme="euler")
     line = checks.solved(training, path, grid, step=1)
     close(line, checks.solved(distilled, path, grid), atol=1e-9)
     close(line[1:, 0], checks.gains(path, grid)[1:])
