@@ -24,7 +24,9 @@ HEAD = """# Truth
 Every method distils a teacher whose score is exact from a small network fitted to it for a fifth of the time. Then
 20,000 samples of the student, one call each, are compared with as many true ones. `ring` is the ring of 8 Gaussians
 (radius 1, standard deviation 0.1, each its own class); `mixture` has 3 anisotropic Gaussians in 8 dimensions.
-`onestroke methods --check NAME` measures one row anew.
+`onestroke methods --check NAME` measures one row anew. The settings (`src/onestroke/recipes/exact`) were chosen on
+these same teachers, most on the first case alone, and every row is one seed: the table says what a method can reach,
+not what it does with the paper's settings.
 
 - **sliced-W2**: the sliced 2-Wasserstein distance between them. **floor**: the same between two true samples.
   **start**: of the fitted network's one call, before distilling.
