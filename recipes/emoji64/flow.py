@@ -1,8 +1,9 @@
 """The denoiser of emoji64-flow: an SD3Transformer2DModel of 6.5 M parameters on emoji64's latents, flow matching.
 
 It needs stages 1 and 2. The class reads two CLIP text encoders and the pooled state of both: both are the one text
-tower, with an identity for its projection. It has no T5, in whose place the pipeline gives 256 tokens of zeros; they
-have no places, so they stay equal, and training has one token that counts for all. One caption in ten is empty, for
+tower, with an identity for its projection. Its T5 says nothing: 256 tokens of zeros, as the class gives where there is
+none, but without one plain `from_pretrained` refuses the folder. They have no places, so they stay equal, and training
+has one token that counts for all. One caption in ten is empty, for
 classifier-free guidance.
 
     python recipes/emoji64/flow.py --data DATA --work WORK
@@ -20,11 +21,19 @@ from diffusers.utils import logging
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from towers import WIDTH
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 from unet import BARE, EMPTY, encode_images
 
 LENGTH = 16  # tokens; of the captions 0.2 % are longer
-ZEROS = 256  # tokens in the place of T5's
+ZEROS = 256  # tokens of T5
 
 
 class Counted:
@@ -71,10 +80,20 @@ def projected(text: CLIPTextModel) -> CLIPTextModelWithProjection:
     return tower.eval()
 
 
+def silence(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 of this width whose every state is zero."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    t5 = T5EncoderModel(config)
+    torch.nn.init.zeros_(t5.encoder.final_layer_norm.weight)
+    return t5.eval(), T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=ZEROS)
+
+
 def around(net: SD3Transformer2DModel, work: Path) -> StableDiffusion3Pipeline:
     """The pipeline of a denoiser and the other parts in WORK, in float32."""
     text = projected(CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32))
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", model_max_length=LENGTH)
+    t5, tokenizer_3 = silence(net.config.joint_attention_dim)
     return StableDiffusion3Pipeline(
         transformer=net,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
@@ -83,8 +102,8 @@ def around(net: SD3Transformer2DModel, work: Path) -> StableDiffusion3Pipeline:
         tokenizer=tokenizer,
         text_encoder_2=text,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5,
+        tokenizer_3=tokenizer_3,
     )
 
 

@@ -64,8 +64,9 @@ The weights are Apache-2.0. They were learned from, and their pictures derive fr
 
 BESIDE = """ `image_encoder` is the image tower that pairs with the text
 encoder; it serves the retrieval score and takes no part in drawing."""
-FLOW_BESIDE = """ Both text encoders are the
-one tower of emoji64, and so is the autoencoder."""
+FLOW_BESIDE = """ The first two text
+encoders are the one tower of emoji64, and the autoencoder is its own. The third, which the class asks for, says
+nothing: its states are zero."""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ USE = {
     "diffusers": """import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{here}")
+pipeline = DiffusionPipeline.from_pretrained("{here}"{absent})
 noise = torch.Generator().manual_seed(0)
 pipeline("{prompt}", {call}, generator=noise).images[0]
 """,
@@ -162,6 +162,7 @@ def text_of(folder: Path) -> str:
     call = {**card.get("call", {"guidance_scale": 1.0}), "num_inference_steps": steps}
     use = USE["onnx without text" if kind == "onnx" and "tokens" not in card["onnx"] else kind].format(
         here=f"path/to/{folder.name}",
+        absent=absent_words(folder),
         prompt="a prompt",
         call=", ".join(f"{key}={value!r}" for key, value in call.items()),
         teacher=name_of(teacher),
@@ -190,6 +191,14 @@ def scheduler_of(folder: Path) -> str:
     """The class of the scheduler in a folder, where there is one."""
     file = folder / "scheduler" / "scheduler_config.json"
     return read_json(file)["_class_name"] if file.is_file() else ""
+
+
+def absent_words(folder: Path) -> str:
+    """What plain `from_pretrained` must be told beside the folder's name."""
+    from onestroke.teachers.pipeline import absent
+
+    file = folder / "model_index.json"
+    return "".join(f", {part}=None" for part in absent(read_json(file))) if file.is_file() else ""
 
 
 def parity_words(parity: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from onestroke.paths import Flow, Table
 from onestroke.sampling import FewStep
 from onestroke.student import SeededNoise
 from onestroke.teachers.calls import clock
-from onestroke.teachers.pipeline import PipelineTeacher, no_bars
+from onestroke.teachers.pipeline import PipelineTeacher, absent, no_bars
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Measured on emoji64, in 1 and 4 steps: 1e-6, 0.0057 and 0.12, the last two of single pixels.
@@ -180,7 +180,8 @@ def open_plain(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     from diffusers import DiffusionPipeline
 
     with no_bars():
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        missing = absent(DiffusionPipeline.load_config(folder))
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **missing)
 
 
 @contextmanager

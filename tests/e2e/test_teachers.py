@@ -149,7 +149,7 @@ def test_a_missing_component(name, part, teachers, tmp_path):
 
 
 def test_a_component_that_is_declared_absent(teachers, tmp_path):
-    """SD3 without its largest encoder is an SD3; without its transformer it is none."""
+    """SD3 without its largest encoder is an SD3, and so is its student; without its transformer it is none."""
     folder = tmp_path / "teacher"
     shutil.copytree(teachers["sd3"].source, folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -159,6 +159,10 @@ def test_a_component_that_is_declared_absent(teachers, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     teacher = PipelineTeacher.load(folder)
     assert teacher.encode(["rain"])["text"].shape == teachers["sd3"].encode(["rain"])["text"].shape
+    quick = {"steps": 1, "batch_size": 1, "log_with": "none", "lora_rank": {"*": 2}}
+    onestroke.distill(teacher, method="swiftbrush", prompts=["rain"], out=tmp_path / "student", **quick)
+    said = (tmp_path / "student" / "README.md").read_text()
+    assert 'from_pretrained("path/to/student", text_encoder_3=None, tokenizer_3=None)' in said
     index["transformer"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="lacks the component 'transformer', which a StableDiffusion3Pipeline needs"):

@@ -168,6 +168,13 @@ def load_encoders(source: str | Path, declared: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def absent(declared: Mapping[str, Any]) -> dict[str, None]:
+    """The parts that model_index.json declares absent and diffusers opens only when it is told so again: None each."""
+    optional = getattr(diffusers, str(declared.get("_class_name")))._optional_components
+    empty = (part for part, entry in declared.items() if isinstance(entry, (list, tuple)) and entry[0] is None)
+    return {part: None for part in empty if part not in optional}
+
+
 def read_pipeline(source: str | Path) -> Any:
     """The pipeline in a folder or of a hub id, in float32. Raises InputError."""
     try:
