@@ -88,6 +88,8 @@ def main() -> None:
 
     names = sorted({r["caption"].lower() for r, h in zip(rows, held, strict=True) if not h})
     prompts = [f"{style}, {name}" for name in names for style in STYLES.values()]
+    tokenizer = pipeline.tokenizer  # what it would cut is left out
+    prompts = [p for p in prompts if len(tokenizer(p).input_ids) <= tokenizer.model_max_length]
     (args.out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     held_out = sorted({caption(r) for r, h in zip(rows, held, strict=True) if h})
     (args.out / "held_out.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """What every method makes of a built-in teacher in the same short run: KID and retrieval of its one-step pictures.
 
-Each method is distilled for `--rounds` rounds with the shipped settings of this teacher where there are any, and with
-BUDGET for the rest. Its row goes to OUT/table.json when it is done, and those already there are kept: an interrupted
-table is continued by the same command. The page is written from that file.
+Each method is distilled with the shipped settings of this teacher where there are any, and with BUDGET for the rest.
+Its row goes to OUT/table.json when it is done, and those already there are kept: an interrupted table is continued by
+the same command. The page is written from that file.
 
     python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...]
 """
@@ -29,6 +29,9 @@ from onestroke.run import read_prompts, recipe_defaults
 from onestroke.teachers import BUILT_IN
 
 BUDGET: dict[str, Any] = {
+    "steps": 400,
+    "pair_count": 600,
+    "solver_steps": 12,
     "batch_size": 24,
     "lr": {"*": 1e-4},
     "ema": 0.98,
@@ -37,17 +40,16 @@ BUDGET: dict[str, Any] = {
     "warmup": 20,
     "precision": "bf16",
     "guidance_scale": 2.0,
-    "log_with": "none",
 }
 HEAD = """# Methods on {teacher}
 
-One step of the student of each method after {rounds} rounds, on {count} prompts of the teacher's own list: KID on
+One step of the student of each method after a short run, on {count} prompts of the teacher's own list: KID on
 EfficientNet-Lite0 features against real images (smaller is better) and retrieval (larger is better). The teacher:
 {steps} steps {many[kid]:.3f} and {many[retrieval]:.3f}, one step {one[kid]:.3f} and {one[retrieval]:.3f}.
 `gain` is the teacher's one-step KID over the student's.
 
-| method | needs | KID | gain | retrieval | seconds |
-|---|---|---|---|---|---|
+| method | needs | rounds | KID | gain | retrieval | seconds |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", default="emoji64")
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, help="instead of the settings'")
     parser.add_argument("--count", type=int, default=300, help="prompts that are scored")
     parser.add_argument("--page", type=Path, help="where the table is written in words")
     args = parser.parse_args()
@@ -100,7 +102,8 @@ def main() -> None:
         if method in table:
             continue
         source = {"images": images} if "x0" in get_method(method).needs else {"prompts": folder / "prompts.txt"}
-        settings = {**BUDGET, **recipe_defaults(args.teacher, method), "steps": args.rounds}
+        settings = {**BUDGET, **recipe_defaults(args.teacher, method), "log_with": "none"}
+        settings["steps"] = args.rounds or settings["steps"]
         began, out = time.monotonic(), args.out / method
         try:
             distill(args.teacher, method=method, out=out, resume=(out / "recipe.json").is_file(), **source, **settings)
@@ -109,17 +112,17 @@ def main() -> None:
             continue
         seconds, student = time.monotonic() - began, load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
-        about = {"needs": sorted(get_method(method).needs), "seconds": round(seconds), "rounds": args.rounds}
+        about = {"needs": sorted(get_method(method).needs), "seconds": round(seconds), "rounds": settings["steps"]}
         keep(method, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
     many, one, *_ = table.values()
     lines = [
-        f"| {name} | {', '.join(row['needs']) or 'prompts'} | {row['kid']:.3f} | {one['kid'] / row['kid']:.2f} "
-        f"| {row['retrieval']:.3f} | {row['seconds']} |"
+        f"| {name} | {', '.join(row['needs']) or 'prompts'} | {row['rounds']} | {row['kid']:.3f} "
+        f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} |"
         for name, row in sorted(table.items())
         if "needs" in row
     ]
-    head = HEAD.format(teacher=args.teacher, rounds=args.rounds, count=args.count, steps=25, many=many, one=one)
+    head = HEAD.format(teacher=args.teacher, count=args.count, steps=25, many=many, one=one)
     foot = f"Made by `recipes/emoji64/table.py` on {datetime.date.today()}: {machine()}."
     page = head + "\n".join(lines) + f"\n\n{foot}\n"
     if args.page:
