@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatch
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Flow, Prediction, Table
@@ -103,6 +104,20 @@ def inspect_folder(folder: Path) -> None:
             check_weights(folder / part)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     prediction_of(str(config.get("_class_name")), config, folder)
+
+
+def network_of(folder: Path) -> tuple[str, Any]:
+    """The name and the class of the denoiser of a pipeline folder."""
+    declared = read_json(folder / "model_index.json")
+    part = next(part for part in NETWORKS if isinstance(declared.get(part), list))
+    return part, getattr(diffusers, declared[part][1])
+
+
+def hollow_network(folder: Path) -> nn.Module:
+    """The denoiser of a pipeline folder, of the right shapes without storage, from its config alone."""
+    part, cls = network_of(folder)
+    with no_bars(), FakeTensorMode(allow_non_fake_inputs=True):
+        return cls.from_config(cls.load_config(folder / part))
 
 
 def check_libraries(declared: Mapping[str, Any], source: str | Path) -> None:
