@@ -147,6 +147,15 @@ def check_weights(folder: Path) -> None:
             ) from None
 
 
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a component's tensors by name, from the heads of its safetensors files."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    return found
+
+
 # ---- reading it ------------------------------------------------------------------------------------------------------
 
 
