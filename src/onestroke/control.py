@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from torch import nn
 
 from onestroke.errors import InputError, read_json
+from onestroke.teachers.pipeline import check_weights, network_of
 
 if TYPE_CHECKING:
     from onestroke.student import Student
@@ -27,33 +30,55 @@ SHARED = (  # what a ControlNet has in common with the network that it was made 
 )
 
 
-def check_control(source: str | Path | nn.Module) -> None:
-    """Refuse a folder that is no ControlNet in safetensors, from its small files. Raises InputError."""
-    if isinstance(source, nn.Module) or not (Path(source).exists() or str(source).count("/") != 1):
-        return
-    folder = Path(source)
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}; give a ControlNet's folder or hub id.")
-    from onestroke.teachers.pipeline import check_weights
+def unreadable(source: str | Path, error: Exception) -> InputError:
+    return InputError(f"ControlNet {str(source)!r} could not be read: {str(error).splitlines()[0]}")
 
-    name = str(read_json(folder / "config.json").get("_class_name"))
+
+def check_control(source: str | Path, student: Path | None = None) -> None:
+    """Refuse what is no ControlNet in safetensors, from the small files of a folder or hub id. Raises InputError.
+
+    student: a student's folder; then a ControlNet of another base is refused too.
+    """
+    if Path(source).exists() or str(source).count("/") != 1:
+        folder = Path(source)
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}; give a ControlNet's folder or hub id.")
+        config = read_json(folder / "config.json")
+    else:
+        try:
+            config = ControlNetModel.load_config(source)
+        except (OSError, ValueError) as error:
+            raise unreadable(source, error) from None
+    name = str(config.get("_class_name"))
     if "ControlNet" not in name:
-        raise InputError(f"{folder} is a {name}, not a ControlNet.")
-    check_weights(folder)
+        raise InputError(f"{source} is a {name}, not a ControlNet.")
+    if Path(source).is_dir():
+        check_weights(Path(source))
+    if student is not None:
+        part, _ = network_of(student)
+        check_same_base(config, read_json(student / part / "config.json"), part)
+
+
+def check_same_base(config: Mapping[str, Any], network: Mapping[str, Any], part: str) -> None:
+    """Refuse the config of a ControlNet that was not made from a network of this config. Raises InputError."""
+    for key in SHARED:
+        if key in config and key in network and _listed(config[key]) != _listed(network[key]):
+            raise InputError(
+                f"this is a ControlNet of another base: its {key} is {config[key]}, and the student's {part} has "
+                f"{network[key]}."
+            )
 
 
 def read_control(source: str | Path | nn.Module) -> Any:
     """The ControlNet in a folder or of a hub id, in float32. Raises InputError."""
-    import diffusers
-
-    check_control(source)
     if isinstance(source, nn.Module):
         return source
+    check_control(source)
     try:
-        name = diffusers.ControlNetModel.load_config(source)["_class_name"]
+        name = ControlNetModel.load_config(source)["_class_name"]
         return getattr(diffusers, name).from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"ControlNet {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+        raise unreadable(source, error) from None
 
 
 def read_picture(file: str | Path) -> Image.Image:
@@ -76,13 +101,7 @@ class Controlled:
         from diffusers import AutoPipelineForText2Image
 
         net = read_control(control)
-        network, config = getattr(student.model.pipeline, student.model.part).config, net.config
-        for key in SHARED:
-            if key in config and key in network and _listed(config[key]) != _listed(network[key]):
-                raise InputError(
-                    f"this is a ControlNet of another base: its {key} is {config[key]}, and the student's "
-                    f"{student.model.part} has {network[key]}."
-                )
+        check_same_base(net.config, getattr(student.model.pipeline, student.model.part).config, student.model.part)
         student.model.restore()
         try:
             self.pipeline: Any = AutoPipelineForText2Image.from_pipe(student.model.pipeline, controlnet=net)

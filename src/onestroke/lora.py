@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onestroke.errors import InputError
+from onestroke.errors import InputError, read_json
 from onestroke.run import read_prompts
+from onestroke.teachers.pipeline import PipelineTeacher, class_of, network_of, shapes_in
 
 if TYPE_CHECKING:
     from onestroke.student import Student
-    from onestroke.teachers.pipeline import PipelineTeacher
 
 PROMPTS = ["a red apple", "a cat on a mat", "an old house by a river", "a bunch of flowers"]
 
@@ -35,18 +36,22 @@ def check_lora_file(file: str | Path) -> Path:
     return file
 
 
-def layers_of(model: PipelineTeacher, file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in, ...) of the network's layers that a LoRA changes, by name. Raises InputError for none."""
+def layers_of(cls: Any, part: str, config: Any, file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in, ...) of the layers that a LoRA changes in the network of a pipeline class, by name.
+
+    Raises InputError for none.
+    """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    if not hasattr(model.pipeline, "lora_state_dict"):
-        raise InputError(f"diffusers puts no LoRA weights on a {type(model.pipeline).__name__}.")
+    if not hasattr(cls, "lora_state_dict"):
+        raise InputError(f"diffusers puts no LoRA weights on a {cls.__name__}.")
+    blocks = {"unet_config": config} if part == "unet" else {}  # of which some files number the layers
     try:
-        read = model.pipeline.lora_state_dict(str(file.parent), weight_name=file.name, local_files_only=True)
+        read = cls.lora_state_dict(str(file.parent), weight_name=file.name, local_files_only=True, **blocks)
     except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{file} is LoRA in a form that diffusers does not read: {error}") from None
     state: Mapping[str, Tensor] = read[0] if isinstance(read, tuple) else read
-    own = {k.removeprefix(f"{model.part}."): v for k, v in state.items() if k.startswith(f"{model.part}.")}
+    own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
     if own and not any("lora_A" in k for k in own):
         own = convert_unet_state_dict_to_peft(own)
     found = {}
@@ -55,8 +60,24 @@ def layers_of(model: PipelineTeacher, file: Path) -> dict[str, tuple[int, ...]]:
         if sign and (up := own.get(f"{name}.lora_B{rest}")) is not None:
             found[name] = (len(up), *down.shape[1:])
     if not found:
-        raise InputError(f"{file} holds no LoRA of a {model.part}.")
+        raise InputError(f"{file} holds no LoRA of a {part}.")
     return found
+
+
+def check_fits(cls: Any, part: str, config: Any, shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Refuse a LoRA that changes other layers than a network of these shapes has. Raises InputError."""
+    for name, shape in layers_of(cls, part, config, file).items():
+        there = shapes.get(f"{name}.weight")
+        if there is None or there[:2] != shape[:2]:
+            here = f"has there {there[:2]}" if there else "has no such layer"
+            changed = f"{name!r} of shape {shape[:2]}"
+            raise InputError(f"{file} is LoRA of another base: it changes {changed}, and this {part} {here}.")
+
+
+def check_lora_base(folder: Path, file: str | Path) -> None:
+    """Refuse a LoRA of another base than the pipeline in `folder`, which is not loaded for it. Raises InputError."""
+    cls, (part, _) = class_of(read_json(folder / "model_index.json").get("_class_name"), folder), network_of(folder)
+    check_fits(cls, part, FrozenDict(read_json(folder / part / "config.json")), shapes_in(folder / part), Path(file))
 
 
 def put_lora(model: PipelineTeacher, file: str | Path, scale: float = 1.0) -> None:
@@ -66,12 +87,8 @@ def put_lora(model: PipelineTeacher, file: str | Path, scale: float = 1.0) -> No
     """
     file = check_lora_file(file)
     network = getattr(model.pipeline, model.part)
-    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in network.named_parameters()}
-    for name, shape in layers_of(model, file).items():
-        if name not in shapes or shapes[name][:2] != shape[:2]:
-            there = f"{name!r} of shape {shape[:2]}"
-            here = f"has there {shapes[name][:2]}" if name in shapes else "has no such layer"
-            raise InputError(f"{file} is LoRA of another base: it changes {there}, and this {model.part} {here}.")
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    check_fits(type(model.pipeline), model.part, network.config, shapes, file)
     model.restore()
     pipeline = model.pipeline
     try:
@@ -128,7 +145,7 @@ def check_lora(
     of it, 0 none, more than 1 too much. None where the LoRA changes nothing.
 
     teacher: where it is, if not where it was. Raises InputError: before anything heavy is loaded for what is no student
-    and no LoRA, and for a LoRA or a teacher of another base.
+    and no LoRA, or a LoRA of another base; and for a teacher of another base.
     """
     from onestroke.exports import base_of, find_base
     from onestroke.student import SeededNoise, Student, load_student, read_card
@@ -138,6 +155,7 @@ def check_lora(
         raise InputError(f"count={count} and steps={steps} must be at least 1, and scale={scale} not 0.")
     if not isinstance(student, Student):
         find_base(read_card(Path(student)), teacher)
+        check_lora_base(Path(student), file)
         student = load_student(student)
     model, base = student.model, base_of(student, teacher)
     every = [p for p in asked for _ in range(count)]

@@ -154,6 +154,7 @@ NEEDS = {
     "pairs": "noise and pictures of the teacher's solver",
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
+    "steering": "attention that can be steered away from a second text",
     "times": "a sampler that calls the student at times of its own",
 }
 """What a method may need beside prompts, in words."""

@@ -260,6 +260,15 @@ the third keeps the gradient but fills the machine less, the fourth rounds the o
 main memory in every turn, the last trains adapters alone."""
 
 
+def goes(teacher: str | Path, method: str, settings: dict[str, Any]) -> bool:
+    """Whether a run with these settings is one."""
+    try:
+        plan_run(str(teacher), method, ["prompt"], settings)
+    except InputError:
+        return False
+    return True
+
+
 def switches(
     teacher: str | Path, method: str, memory: int, *, device: str | None = None, **settings: Any
 ) -> tuple[list[str], Plan] | None:
@@ -270,6 +279,7 @@ def switches(
     """
     _, run, _ = plan_run(str(teacher), method, ["prompt"], settings)
     changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
+    changes = {name: change for name, change in changes.items() if goes(teacher, method, {**settings, **change})}
 
     def played(chosen: list[str]) -> Plan:
         more = {k: v for name in chosen for k, v in changes[name].items()}

@@ -104,6 +104,8 @@ def plan_run(
             f"with these options a student of {method!r} has times of its own, which a plain pipeline's scheduler does "
             "not carry; choose others."
         )
+    if "steering" in needs and settings.gradient_checkpointing:
+        raise InputError("negative prompts in training go without gradient_checkpointing; leave it out.")
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     if pairs and "pairs" not in needs:
@@ -223,9 +225,13 @@ def distill(
     check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     if isinstance(source, Path):
-        from onestroke.teachers.pipeline import inspect_folder
+        from onestroke.teachers.pipeline import hollow_network, inspect_folder
 
         inspect_folder(source)
+        if "steering" in needs:
+            from onestroke.nasa import check_steerable
+
+            check_steerable(hollow_network(source))
     if "reward" in needs:
         check_reward(reward or run.reward, source)
     if run.students > 1 or owners is not None:

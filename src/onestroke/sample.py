@@ -9,9 +9,10 @@ from PIL import Image
 
 from onestroke.control import check_control, read_picture
 from onestroke.errors import InputError, read_json
-from onestroke.lora import check_lora_file, put_lora
-from onestroke.student import CARD, SeededNoise, load_student, to_pil
+from onestroke.lora import check_lora_base, check_lora_file, put_lora
+from onestroke.student import CARD, SeededNoise, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
+from onestroke.teachers.pipeline import inspect_folder
 
 
 def is_student(model: str | Path) -> bool:
@@ -57,7 +58,8 @@ def sample(
     every = [p for p in prompts for _ in range(count)]
     if is_student(model):
         if controlnet is not None and control_image is not None:
-            check_control(controlnet)
+            read_card(Path(model))
+            check_control(controlnet, Path(model))
             picture = read_picture(control_image)
         student = load_student(model, lora=lora, lora_scale=lora_scale)
         if controlnet is not None:
@@ -65,10 +67,13 @@ def sample(
         else:
             images = student(every, seed, steps, negative_prompt=negative, nasa_scale=nasa_scale)
     else:
-        locate(model)
+        source = locate(model)
         for name, value in (("--negative", negative), ("--controlnet", controlnet)):
             if value:
                 raise InputError(f"{name} goes with a student; {model} is a teacher.")
+        if lora is not None and isinstance(source, Path):
+            inspect_folder(source)
+            check_lora_base(source, lora)
         teacher, images = load_teacher(model), []
         if lora is not None:
             put_lora(teacher, lora, lora_scale)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onestroke.denoiser import negated
 from onestroke.errors import InputError, read_json
-from onestroke.lora import check_lora_file, put_lora
+from onestroke.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.nasa import check_steerable
 from onestroke.paths import Cond
 from onestroke.roles import adapters, merged
@@ -192,6 +192,8 @@ def load_student(
         speed: dict[str, Any] = {"compile": compile, "channels_last": channels_last, "tiny_decoder": tiny_decoder}
         return load_several(folder, **speed, lora=lora, lora_scale=lora_scale)
     card = read_card(folder)
+    if lora is not None:
+        check_lora_base(folder, lora)
     model = PipelineTeacher.load(folder, size=card.get("size"))
     if lora is not None:
         put_lora(model, lora, lora_scale)

@@ -31,7 +31,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "boss": {"fine": 4},
     "disback": {"prelude": 2, "record": 1, "interval": 1},
     "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
-    "hyper-sd": {"stage_steps": 1},
+    "hyper-sd": {"stage_steps": 1, "score_weight": 1.0},
     "instaflow": {"straighten": 2},
     "mlcm": {"stage_steps": 1},
     "progressive": {"start": 4, "stage_steps": 1},

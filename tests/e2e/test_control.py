@@ -11,6 +11,7 @@ from families import FAMILIES
 from onestroke.errors import InputError
 from onestroke.sampling import FewStep
 from onestroke.student import load_student, save_student
+from onestroke.teachers.pipeline import PipelineTeacher
 
 PROMPTS = ["a red square", "rain"]
 
@@ -74,21 +75,24 @@ def test_on_the_command_line(teachers, students, picture, onestroke, tmp_path):
     assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "steered.png").read_bytes()
 
 
-def test_what_is_refused(teachers, students, picture, pipeline_folder, onestroke, tmp_path):
+def test_what_is_refused(teachers, students, picture, pipeline_folder, onestroke, tmp_path, monkeypatch):
     good, wide, pickled = (tmp_path / name for name in ("good", "wide", "pickled"))
     control_of(teachers["sd15"], False).save_pretrained(good)
-    other = UNet2DConditionModel.from_config({**teachers["sd15"].pipeline.unet.config, "cross_attention_dim": 24})
-    ControlNetModel.from_unet(other, conditioning_embedding_out_channels=(4, 8)).save_pretrained(wide)
+    wider = UNet2DConditionModel.from_config({**teachers["sd15"].pipeline.unet.config, "cross_attention_dim": 24})
+    ControlNetModel.from_unet(wider, conditioning_embedding_out_channels=(4, 8)).save_pretrained(wide)
     control_of(teachers["sd15"], False).save_pretrained(pickled, safe_serialization=False)
     text = tmp_path / "text.png"
     text.write_text("none")
-    words = ("sample", students("sd15"), "rain")
+    words, other = ("sample", students("sd15"), "rain"), ("sample", students("sana"), "rain")
+    monkeypatch.setattr(PipelineTeacher, "load", lambda *args, **more: pytest.fail("a pipeline was loaded"))
     for more, says in (
         ((*words, "--controlnet", good), "go together"),
         ((*words, "--controlnet", tmp_path / "nowhere", "--control-image", picture), "no such folder"),
         ((*words, "--controlnet", pipeline_folder / "unet", "--control-image", picture), "not a ControlNet"),
         ((*words, "--controlnet", pickled, "--control-image", picture), "a pickle"),
         ((*words, "--controlnet", wide, "--control-image", picture), "ControlNet of another base"),
+        ((*other, "--controlnet", good, "--control-image", picture), "ControlNet of another base"),
+        ((*words, "--controlnet", "nobody/nothing", "--control-image", picture), "could not be read"),
         ((*words, "--controlnet", good, "--control-image", text), "cannot be read"),
         (("sample", pipeline_folder, "rain", "--controlnet", good, "--control-image", picture), "is a teacher"),
     ):

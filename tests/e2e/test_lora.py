@@ -10,11 +10,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import onestroke as library
+from families import FAMILIES
 from onestroke.errors import InputError
-from onestroke.lora import check_lora, measures, put_lora
+from onestroke.lora import check_lora, check_lora_base, measures, put_lora
 from onestroke.sampling import FewStep
 from onestroke.student import LORA_FILE, load_student, save_lora, save_student
-from onestroke.teachers.pipeline import PipelineTeacher
+from onestroke.teachers.pipeline import PipelineTeacher, hollow_network, network_of, shapes_in
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 
@@ -113,12 +114,40 @@ def changed(lora, file, change):
     return file
 
 
-def test_what_is_refused(folder, lora, onestroke, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_heads_of_the_files_tell_the_shapes(name, teachers):
+    teacher = teachers[name]
+    network, (part, cls) = getattr(teacher.pipeline, teacher.part), network_of(teacher.source)
+    assert (part, cls) == (teacher.part, type(network))
+    assert shapes_in(teacher.source / part) == {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    assert {k: v.shape for k, v in hollow_network(teacher.source).state_dict().items()} == {
+        k: v.shape for k, v in network.state_dict().items()
+    }
+
+
+def test_layers_that_are_numbered_as_in_the_original_of_sdxl(teachers, tmp_path):
+    """As trainers of another lineage write them; diffusers needs the network's config to name them."""
+    teacher, file = teachers["sdxl"], tmp_path / "numbered.safetensors"
+    layer = LAYER.removeprefix("unet.")
+    weight = teacher.pipeline.unet.get_parameter(f"{layer}.weight")
+    down, up, numbered = torch.ones(2, weight.shape[1]), torch.ones(len(weight), 2), "lora_unet_input_blocks_1_1_"
+    written = {".lora_down.weight": down, ".lora_up.weight": up, ".alpha": torch.tensor(2.0)}
+    save_file({f"{numbered}transformer_blocks_0_attn2_to_v{k}": v for k, v in written.items()}, file)
+    check_lora_base(teacher.source, file)
+    model = PipelineTeacher.load(teacher.source)
+    put_lora(model, file)
+    assert torch.allclose(model.pipeline.unet.get_parameter(f"{layer}.weight"), weight + 2, atol=1e-5)
+
+
+def test_what_is_refused(folder, lora, pipeline_folder, onestroke, tmp_path, monkeypatch):
+    """Before any pipeline is loaded."""
+    monkeypatch.setattr(PipelineTeacher, "load", lambda *args, **more: pytest.fail("a pipeline was loaded"))
     pickle, text = tmp_path / "a.bin", tmp_path / "b.safetensors"
     torch.save({}, pickle)
     text.write_text("nothing")
     wide = changed(lora, tmp_path / "wide.safetensors", lambda k, v: (k, v.repeat(1, 2) if "lora_A" in k else v))
     other = changed(lora, tmp_path / "other.safetensors", lambda k, v: (k.replace("down_blocks.0", "down_blocks.7"), v))
+    wordy = changed(lora, tmp_path / "wordy.safetensors", lambda k, v: (k.replace("unet", "text_encoder"), v))
     named = changed(lora, tmp_path / "named.safetensors", lambda k, v: (k.replace("lora", "none"), v))
     for file, says in (
         (tmp_path / "nowhere", "no such file"),
@@ -127,8 +156,10 @@ def test_what_is_refused(folder, lora, onestroke, tmp_path):
         (named, "holds no LoRA"),
         (wide, "is LoRA of another base"),
         (other, "has no such layer"),
+        (wordy, "holds no LoRA of a unet"),
     ):
-        for words in (("check-lora", folder, file), ("sample", folder, "rain", "--lora", file)):
+        drawn = [("sample", model, "rain", "--lora", file) for model in (folder, pipeline_folder)]
+        for words in (("check-lora", folder, file), *drawn):
             said = onestroke(*words, "--out", tmp_path / "out")
             assert (said.code, said.err.count("\n")) == (2, 1), said
             assert says in said.err

@@ -13,9 +13,11 @@ from onestroke import negative_prompt
 from onestroke.denoiser import PREFIX, SCALE, negated
 from onestroke.errors import InputError
 from onestroke.nasa import steered
+from onestroke.plan import goes
 from onestroke.sampling import FewStep
 from onestroke.student import SeededNoise, load_student, save_student
 from onestroke.teachers.calls import Call
+from onestroke.teachers.pipeline import PipelineTeacher
 
 STREAMS = ("lumina2", "z-image")  # text and picture in one
 STEERED = [name for name in FAMILIES if name not in STREAMS]
@@ -237,6 +239,25 @@ def test_training_with_negative_prompts(onestroke, pipeline_folder, prompt_file,
     words = ("distill", pipeline_folder, "--method", "pg-sb", "--prompts", prompt_file, "--out", tmp_path / "run")
     how = ("--steps", 2, "--batch-size", 2, "--set", "negatives=blurry; ugly", "--set", "log_with=none")
     assert onestroke(*words, *how).code == 0
-    said = onestroke(*words[:-1], tmp_path / "other", *how, "--set", "gradient_checkpointing=true")
-    assert said.code == 2
-    assert "without gradient_checkpointing" in said.err
+
+
+def test_what_cannot_be_trained_with_them(onestroke, teachers, pipeline_folder, prompt_file, tmp_path, monkeypatch):
+    """Refused before anything is loaded, and never proposed."""
+    streams = teachers["lumina2"].source
+    monkeypatch.setattr(PipelineTeacher, "load", lambda *args, **more: pytest.fail("the teacher was loaded"))
+    named = "negatives=blurry"
+    checkpointed = ("--set", "gradient_checkpointing=true")
+    for folder, more, says in (
+        (pipeline_folder, checkpointed, "without gradient_checkpointing"),
+        (streams, (), "text and picture in one stream"),
+    ):
+        words = ("distill", folder, "--method", "pg-sb", "--prompts", prompt_file, "--out", tmp_path / "other")
+        said = onestroke(*words, "--set", named, *more)
+        assert (said.code, said.err.count("\n")) == (2, 1), said
+        assert says in said.err
+        assert not (tmp_path / "other").exists()
+    said = onestroke("plan", pipeline_folder, "--method", "pg-sb", "--set", named, *checkpointed)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert not goes(pipeline_folder, "pg-sb", {"negatives": "blurry", "gradient_checkpointing": True})
+    for kept in ({"negatives": " ; ", "gradient_checkpointing": True}, {"negatives": "blurry"}):
+        assert goes(pipeline_folder, "pg-sb", kept)

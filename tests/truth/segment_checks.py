@@ -106,12 +106,12 @@ def gauss(path, mean=M, std=S):
     return GaussianMixture(path, tensor([mean]), std)
 
 
-def made(cls, path, student, teacher=None, slow=None, scale=1.0, calls=1, reward=None, **options):
+def made(cls, path, student, teacher=None, slow=None, scale=1.0, calls=1, reward=None, fake=None, **options):
     """The method, for a student of so many calls; its target, if it has one, is `slow`, or the student itself."""
     few, null = FewStep(path, path.grid(calls), renoise="implied"), {"label": torch.tensor([-1])}
     teacher = gauss(path) if teacher is None else teacher
     seen = Seen(teacher) if options.get("gan_weight") else teacher
-    method = cls(Parts(seen, student, lambda role: None, few, null, scale, (1,), reward), **options)
+    method = cls(Parts(seen, student, lambda role: fake, few, null, scale, (1,), reward), **options)
     if "slow" in cls.targets:
         method.slow = student if slow is None else slow
     if options.get("gan_weight"):

@@ -1,4 +1,5 @@
-"""CTM: jumps between any two times, what the gradient flows through, and the denoising term, against closed forms."""
+"""CTM: jumps between any two times, what the gradient flows through, the denoising term and the adversary, against
+closed forms."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.consistency.ctm import CTM
 from truth import segment_checks as checks
+from truth.adversarial_checks import Linear, Seen, logit
 from truth.checks import close, labels, make_path, parts, tensor
 from truth.segment_checks import PATHS, SLOW, STUDENT, Drawn, Exact, Line, M, S, flow, gauss, moved
 from truth.test_mutants import broken
@@ -22,13 +24,17 @@ ROWS, LEVEL = 16, 0.45
 SOURCE = "onestroke.methods.consistency.ctm"
 
 
-def play(cls, path, student, slow=None, teacher=None, scale=1.0, exact=False, label=0, **options):
-    """The turn, the method and what was drawn: k, i and s over all that they can be; the denoising term at LEVEL."""
-    given = replace(
-        parts(path, gauss(path) if teacher is None else teacher, small_net(path, "x0", "student"), None, scale),
-        shape=(2,),
-    )
-    method = cls(given, **{"levels": 10, **options})
+def made(cls, path, teacher=None, scale=1.0, **options):
+    """The method with an exact teacher and, where it has any, the linear head."""
+    net = gauss(path) if teacher is None else teacher
+    given = replace(parts(path, Seen(net), small_net(path, "x0", "student"), None, scale), shape=(2,))
+    with mock.patch("onestroke.method.Parts.heads", return_value=Linear()):
+        return cls(given, **{"levels": 10, "gan_weight": 0.0, **options})
+
+
+def play(cls, path, student, slow=None, teacher=None, scale=1.0, exact=False, label=0, normals=(), **options):
+    """The turns, the method and what was drawn: k, i and s over all that they can be; the other terms at LEVEL."""
+    method = made(cls, path, teacher, scale, **options)
     method.student, method.slow = student, student if slow is None else slow
     u = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
     drawn = [u, (u * 3) % 1, (u * 5) % 1]
@@ -36,8 +42,8 @@ def play(cls, path, student, slow=None, teacher=None, scale=1.0, exact=False, la
     at = mock.patch("onestroke.times.log_normal", lambda draw, path, mean, std: path.snap(tensor(LEVEL).expand(ROWS)))
     steps = cls.step.__globals__
     with at, mock.patch.dict(steps, {"heun": lambda net, path, x, t, s, cond: flow(path, x, t, s)} if exact else {}):
-        (turn,) = method.step(Batch(z, labels(ROWS, label), Drawn(drawn, [e]), x0), 0)
-    return turn, method, drawn, x0, z, e
+        turns = list(method.step(Batch(z, labels(ROWS, label), Drawn(drawn, [e, *normals]), x0), 1))
+    return turns, method, drawn, x0, z, e
 
 
 def chosen(method, drawn):
@@ -52,14 +58,14 @@ def chosen(method, drawn):
 def test_the_exact_map_between_any_two_times_is_the_fixed_point(name):
     path = make_path(name)
     student = Exact(path)
-    turn, method, drawn, *_ = play(CTM, path, student, exact=True)
+    (turn,), method, drawn, *_ = play(CTM, path, student, exact=True)
     assert turn.terms["ctm"] < 1e-18
     k, i, j = chosen(method, drawn)
     assert {1, 2, 3} == set(k.tolist())
     assert (j == i - k).any()
     assert (j == 0).any()
     student.shift.data += 0.1
-    assert play(CTM, path, student, exact=True)[0].terms["ctm"] > 1e-5
+    assert play(CTM, path, student, exact=True)[0][0].terms["ctm"] > 1e-5
 
 
 def test_the_inner_network_of_an_exact_jump_is_the_published_one():
@@ -103,7 +109,7 @@ def hops_by_hand(path, method, x, k, i):
 def trajectory_term(cls, path, **options):
     """Value and gradient typed by hand; the gradient runs through the frozen last jump."""
     student, slow = Line(path, *STUDENT, 0.5), Line(path, *SLOW, -0.3)
-    turn, method, drawn, x0, z, _ = play(cls, path, student, slow, **options)
+    (turn,), method, drawn, x0, z, _ = play(cls, path, student, slow, **options)
     k, i, j = chosen(method, drawn)
     t, u, s = (method.grid[v] for v in (i, i - k, j))
     a, b = (v[:, None] for v in path.ab(t))
@@ -127,7 +133,7 @@ def test_the_trajectory_term_is_the_typed_one(name):
 def denoising_term(cls, path, name="vp"):
     """(b^2 / a^2 + 1/4) / (b / 2 a)^2 times the squared error of x0 at s = t."""
     student = Line(path, *STUDENT, 0.5)
-    turn, _, _, x0, _, e = play(cls, path, student, dsm=2.0)
+    (turn,), _, _, x0, _, e = play(cls, path, student, dsm=2.0)
     t = path.snap(tensor(LEVEL))
     a, b = (v[:, None] for v in path.ab(t))
     error = student.mu + (student.k + student.c * t[:, None]) * (a * x0 + b * e) - x0
@@ -145,7 +151,7 @@ def guided(cls):
 
     def found(teacher, scale):
         student, slow = Line(path, *STUDENT, 0.5), Line(path, *SLOW, -0.3)
-        return play(cls, path, student, slow, teacher, scale)[0].terms["ctm"]
+        return play(cls, path, student, slow, teacher, scale)[0][0].terms["ctm"]
 
     close(found(checks.Classes(path), 3.0), found(checks.Classes(path, 3 * M), 1.0))
     assert (found(checks.Classes(path), 3.0) - found(checks.Classes(path), 1.0)).abs() > 1e-5
@@ -157,9 +163,49 @@ def test_guidance_scales_the_mean():
 
 def test_too_many_hops_are_refused():
     path = make_path("vp")
-    given = replace(parts(path, gauss(path), small_net(path, "x0", "student"), None), shape=(2,))
     with pytest.raises(InputError, match="hops=10 must be from 1 to 9"):
-        CTM(given, levels=10, hops=10)
+        made(CTM, path, hops=10)
+
+
+def adversary(cls, path):
+    """Where the average sends the student's landing must pass for real, under noise of LEVEL; the other terms stay."""
+    student, slow = Line(path, *STUDENT, 0.5), Line(path, *SLOW, -0.3)
+    normals = [checks.noise(ROWS, seed) for seed in (1, 2, 3)]
+    plain = play(cls, path, student, slow)[0][0].terms
+    turns, method, drawn, x0, z, _ = play(cls, path, student, slow, normals=list(normals), gan_weight=0.3, gan_from=1)
+    _, i, j = chosen(method, drawn)
+    t, s, zero = method.grid[i], method.grid[j], torch.zeros(ROWS, dtype=torch.float64)
+    xt = sum(v[:, None] * y for v, y in zip(path.ab(t), (x0, z), strict=True))
+    ahead = jumped(path, slow, jumped(path, student, xt, t, s), s, zero)
+    (a, b), (c, d) = ([v[:, None] for v in path.ab(r)] for r in (path.snap(zero + LEVEL), zero))
+
+    def fake(e):
+        return logit(a / c * ahead + (b**2 - (a * d / c) ** 2).sqrt() * e)
+
+    assert [turn.player for turn in turns] == ["student", "heads"]
+    first, second = turns
+    assert first.follow == {"slow": 0.999}
+    checks.same_gradient(first.terms["gan"], -0.3 * fake(normals[0]).mean(), student, ("mu", "k", "c"))
+    assert {k: v.item() for k, v in first.terms.items() if k != "gan"} == {k: v.item() for k, v in plain.items()}
+    real = logit(a * x0 + b * normals[1])
+    close(second.terms["gan"], (torch.relu(1 - real).mean() + torch.relu(1 + fake(normals[2])).mean()).detach())
+    second.terms["gan"].backward()
+    assert method.teacher.gain.grad is None
+    assert student.mu.grad is None
+    assert len(play(cls, path, student, slow, gan_weight=0.3, gan_from=2)[0]) == 1
+
+
+@each
+def test_the_adversary_is_the_typed_one(name):
+    adversary(CTM, make_path(name))
+
+
+def test_without_an_adversary_there_are_no_heads():
+    method = made(CTM, make_path("vp"))
+    assert method.players == ("student",)
+    assert not hasattr(method, "heads")
+    assert CTM.needs_of({"gan_weight": 0.0}) == {"x0"}
+    assert CTM.needs_of({"gan_weight": 0.1}) == CTM.needs == {"x0", "features"}
 
 
 def stepped(module):
@@ -175,6 +221,11 @@ def scaled(module):
     guided(module.CTM)
 
 
+def judged(module):
+    for name in ("vp", "edm"):
+        adversary(module.CTM, make_path(name))
+
+
 MUTANTS = [
     ("return jump(self.slow", "return jump(self.student", stepped),
     ("euler(self.student, path, xt", "euler(self.slow, path, xt", stepped),
@@ -187,9 +238,17 @@ MUTANTS = [
     ("self.hops * (self.hops + 1)", "self.hops * self.hops", stepped),
     ("keep: float = 0.999", "keep: float = 0.99", stepped),
     ("{**cond, \"s\": t}, t", "cond, t", denoised),
-    ("self.dsm * dsm", "dsm", denoised),
+    ("self.dsm * terms", "terms", denoised),
     ("sigma_data: float = 0.5", "sigma_data: float = 1.0", denoised),
     ("self.guide(self.teacher)", "self.teacher", scaled),
+    ("self.judge(path.diffuse(ahead,", "self.judge(path.diffuse(target,", judged),
+    ("gan = self.gan_weight *", "gan =", judged),
+    ("gan_student(logits", "gan_student(-logits", judged),
+    ("path.mix(batch.x0, draw.normal(ahead), t)", "path.mix(target, draw.normal(ahead), t)", judged),
+    ("path.diffuse(ahead.detach()", "path.diffuse(ahead", judged),
+    ("with frozen(self.teacher):", "if True:", judged),
+    ("step < self.gan_from", "step <= self.gan_from", judged),
+    ('{**loss, "gan": gan}', '{"ctm": loss["ctm"], "gan": gan}', judged),
 ]  # fmt: skip
 
 

@@ -1,16 +1,22 @@
-"""Hyper-SD: segments that halve, jumps within them, the adversary's share and the reward, against closed forms."""
+"""Hyper-SD: segments that halve, jumps within them, the adversary's share, the reward and the scores, against closed
+forms."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
 
+from contract.build import build, data, settings_of, snapshot
+from contract.test_methods import same
 from onestroke.errors import InputError
 from onestroke.methods.consistency.hyper_sd import HyperSD
+from onestroke.train import Trainer
 from truth import segment_checks as checks
 from truth.adversarial_checks import C, W
 from truth.checks import close, make_path
-from truth.segment_checks import PATHS, SLOW, STUDENT, Line
+from truth.segment_checks import PATHS, SLOW, STUDENT, Line, M, S, gauss, posterior
 from truth.test_mutants import broken
 
 each = pytest.mark.parametrize("name", PATHS)
@@ -104,8 +110,113 @@ def test_the_feedback_is_the_typed_one():
     feedback(HyperSD)
 
 
+LAW = M + 0.4, 1.3 * S
+"""Of the fake."""
+LAST = {**PLAIN, "segments": 1, "score_weight": 1.0}
+
+
+def levels(*levels):
+    """The times that are drawn from an interval, one after the other, and the intervals."""
+    left, found = list(levels), []
+
+    def drawn(draw, path, lo=0.0, hi=1.0):
+        found.append((lo, hi))
+        return torch.full((draw.size,), left.pop(0), dtype=torch.float64)
+
+    return mock.patch("onestroke.times.uniform", drawn), found
+
+
+def scores(cls, path):
+    """The x0 of noisy states descends w (D_fake - D_teacher) / mean |x0 - D_teacher| at a level of its own; the fake
+    learns to denoise it; in the last stage alone, and nothing else changes."""
+    student, slow, fake = Line(path, *STUDENT), Line(path, *SLOW), gauss(path, *LAW)
+    options = {**PLAIN, "score_weight": 3.0}
+    method = checks.made(cls, path, student, slow=slow, fake=fake, **options)
+    plain = checks.play(checks.made(cls, path, student, slow=slow, **PLAIN), [0.5, U], step=2)[0]
+    times, normals = [path.snap(torch.tensor(v, dtype=torch.float64)).item() for v in (0.9, 0.5, 0.3)], []
+    at, asked = levels(*times)
+    normals = [checks.noise(8, seed) for seed in (1, 2, 3)]
+    with at:
+        turns, x0, _ = checks.play(method, [0.5, U], step=2, normals=list(normals))
+    assert asked == [(0.8, path.grid(1)[0]), (0.02, 0.98), (0.0, 1.0)]
+    assert [turn.player for turn in turns] == ["student", "fake"]
+
+    def noised(x, k):
+        t = torch.full((8,), times[k], dtype=torch.float64)
+        a, b = (v[:, None] for v in path.ab(t))
+        return a * x + b * normals[k], t
+
+    x = student.mu + student.k * noised(x0, 0)[0]
+    xt, t = noised(x.detach(), 1)
+    real, other = posterior(path, xt, t), posterior(path, xt, t, *LAW)
+    slope = (other - real) / (x.detach() - real).abs()
+    params = student.mu, student.k
+    got, want = (
+        torch.autograd.grad(v, params, retain_graph=True) for v in (turns[0].terms["dm"], (3 * slope * x).mean())
+    )
+    close(torch.stack(got), torch.stack(want).detach(), 1e-8)
+    assert (torch.stack(want).abs() > 1e-6).all()
+    close(turns[0].terms["consistency"], plain[0].terms["consistency"].item())
+
+    xt, t = noised(x.detach(), 2)
+    a, b = (v[:, None] for v in path.ab(t))
+    close(turns[1].terms["dsm"], (((xt - a * posterior(path, xt, t, *LAW)) / b - normals[2]) ** 2).mean())
+    assert not turns[1].terms["dsm"].requires_grad
+    assert len(checks.play(method, [0.5, U], step=1)[0]) == 1
+
+
+@each
+def test_the_score_distillation_is_the_typed_one(name):
+    scores(HyperSD, make_path(name))
+
+
+@each
+def test_the_scores_rest_where_the_fake_has_the_teachers_law(name):
+    path = make_path(name)
+    for law, rests in ((M, S), True), ((M + 0.01, S), False):
+        student = Line(path, *STUDENT)
+        method = checks.made(HyperSD, path, student, fake=gauss(path, *law), **LAST)
+        grads = torch.autograd.grad(checks.loss_of(method, key="dm"), (student.mu, student.k))
+        assert ((torch.stack(grads).abs() < 1e-13) == rests).all()
+
+
+def test_players_follow_the_weights():
+    def players(gan, score):
+        return checks.made(
+            HyperSD, path, Line(path, *STUDENT), **{**LAST, "gan_weight": gan, "score_weight": score}
+        ).players
+
+    path = make_path("vp")
+    assert players(0.0, 0.0) == ("student",)
+    assert players(0.5, 0.0) == ("student", "heads")
+    assert players(0.0, 1.0) == ("student", "fake")
+    assert players(0.5, 1.0) == HyperSD.players == ("student", "heads", "fake")
+
+
+def run(folder, stop, batch_size=8, accumulate=1):
+    """A run of all three players that is played and saved to `stop` of its six rounds, the last four of one segment."""
+    settings = settings_of(steps=6, batch_size=batch_size, accumulate=accumulate)
+    method = build("hyper-sd", settings=settings, segments=2, stage_steps=2, score_weight=1.0)
+    trainer = Trainer(method, data(), settings, folder)
+    if trainer.latest():
+        trainer.resume()
+    while trainer.round < stop:
+        trainer.one_round(trainer.round / 6)
+    trainer.save()
+    return trainer
+
+
+def test_with_scores_a_run_can_be_split_and_resumed(tmp_path):
+    straight = snapshot(run(tmp_path / "straight", 6))
+    for stop in (1, 4, 6):
+        stopped = run(tmp_path / "stopped", stop)
+    same(snapshot(stopped), straight)
+    same(snapshot(run(tmp_path / "split", 6, 4, 2)), straight, 1e-10)
+
+
 def guided(cls):
     checks.guided_mean_is_scaled(cls, make_path("vp"), **PLAIN)
+    checks.guided_mean_is_scaled(cls, make_path("vp"), key="dm", fake=gauss(make_path("vp")), **LAST)
 
 
 def test_guidance_scales_the_mean():
@@ -139,6 +250,11 @@ def judged(module):
         adversary(module.HyperSD, make_path(name))
 
 
+def scored(module):
+    for name in ("vp", "edm"):
+        scores(module.HyperSD, make_path(name))
+
+
 def rewarded(module):
     feedback(module.HyperSD)
 
@@ -154,12 +270,21 @@ MUTANTS = [
     ("near = (1 - far)", "near = (1 + far)", regressed),
     ("* (t - end) / (high - low)", "* (t - end) / high", regressed),
     ("xt, t, s, cond)\n", "xt, t, end, cond)\n", regressed),
-    ("self.guide(self.teacher)", "self.teacher", scaled),
+    ("self.guide(self.teacher), path", "self.teacher, path", scaled),
+    ("self.guide(self.teacher)(xt", "self.teacher(xt", scaled),
+    ("* (fake - real)", "* (real - fake)", scored),
+    ("gap_weight(x, real)", "gap_weight(x, fake)", scored),
+    ("(score_from, parts", "(0.0, parts", scored),
+    ("and segments == 1", "and segments <= 2", scored),
+    ('loss["dm"] = self.score_weight *', 'loss["dm"] =', scored),
+    ("path.mix(batch.x0, draw.normal(here), t1), t1", "path.mix(batch.x0, batch.noise, t1), t1", scored),
+    ("x.detach(), cond, t, draw)", "batch.x0, cond, t, draw)", scored),
+    ("path, x.detach()", "path, x", scored),
     ("-self.reward_weight *", "self.reward_weight *", rewarded),
     ("self.reward(est.x0", "self.reward(xt", rewarded),
     ("end.lerp(t, draw", "end.lerp(high, draw", judged),
     ("path.diffuse(here, end", "path.diffuse(here, low", judged),
-    ("gan = far.to(here) *", "gan = self.gan_weight *", judged),
+    ("(far.to(here) *", "(self.gan_weight *", judged),
     ("path.mix(batch.x0, draw.normal(here), u)", "path.mix(here.detach(), draw.normal(here), u)", judged),
     ("path.diffuse(here.detach()", "path.diffuse(here", judged),
 ]  # fmt: skip

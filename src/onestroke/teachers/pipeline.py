@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatch
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Flow, Prediction, Table
@@ -105,6 +106,20 @@ def inspect_folder(folder: Path) -> None:
     prediction_of(str(config.get("_class_name")), config, folder)
 
 
+def network_of(folder: Path) -> tuple[str, Any]:
+    """The name and the class of the denoiser of a pipeline folder."""
+    declared = read_json(folder / "model_index.json")
+    part = next(part for part in NETWORKS if isinstance(declared.get(part), list))
+    return part, getattr(diffusers, declared[part][1])
+
+
+def hollow_network(folder: Path) -> nn.Module:
+    """The denoiser of a pipeline folder, of the right shapes without storage, from its config alone."""
+    part, cls = network_of(folder)
+    with no_bars(), FakeTensorMode(allow_non_fake_inputs=True):
+        return cls.from_config(cls.load_config(folder / part))
+
+
 def check_libraries(declared: Mapping[str, Any], source: str | Path) -> None:
     """Refuse a component whose class is in no library: diffusers would run code from the folder. Raises InputError."""
     for part, entry in declared.items():
@@ -130,6 +145,15 @@ def check_weights(folder: Path) -> None:
                 f"{file} is not a safetensors file ({error}); pickles are never read: "
                 "save the pipeline with safe_serialization=True."
             ) from None
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a component's tensors by name, from the heads of its safetensors files."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    return found
 
 
 # ---- reading it ------------------------------------------------------------------------------------------------------

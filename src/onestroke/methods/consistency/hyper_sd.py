@@ -1,4 +1,4 @@
-"""Hyper-SD: trajectory consistency within ever fewer segments, adversarial where the jump is long."""
+"""Hyper-SD: trajectory consistency within ever fewer segments, adversarial where the jump is long; then scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from onestroke import terms, times
+from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts, Turn, frozen
-from onestroke.paths import Cond
+from onestroke.paths import Cond, like
 from onestroke.solvers import euler, jump
 
 
@@ -21,20 +22,25 @@ class HyperSD(Method):
     a jump leads to one time of the segment, uniform below both, by the student from the first and by its average from
     the second. The two must land at the same place, and by the part of the segment that it crosses the jump must pass
     for real instead: heads on the layers of the frozen teacher tell it from real samples, noised on alike. The segments
-    halve in number from `segments` to one. A reward of the student's x0 is its feedback.
+    halve in number from `segments` to one. A reward of the student's x0 is its feedback. In the last stage, for the
+    draw in one step, the student's x0 of noisy states matches the teacher's law besides, as in `dmd2`: it descends
+    D_fake - D_teacher, and a fake score learns to denoise it.
 
-    segments: of the first stage, published 8. grid: DDIM times, a multiple of it, ours 48. whole: the part of the
-    rows that jump to the end of the segment, published 0 (see `TCD`). gan_weight: what a jump across the whole segment
-    has of its weight in the adversarial term, ours 0.5; 0 builds no heads. reward_weight: published as a LoRA of its
-    own, here 0 unless asked. keep: of the average per round, ours 0.95. stage_steps: rounds of a stage; 0, ours: the
-    run in equal parts, and then a resumed run must keep its number of rounds. loss: of the GAN, ours hinge; softplus
-    is the other.
+    segments: of the first stage, published 8. grid: DDIM times, a multiple of it, ours 48. whole: the part of the rows
+    that jump to the end of the segment, published 0 (see `TCD`). gan_weight: what a jump across the whole segment has
+    of its weight in the adversarial term, ours 0.5; 0 builds no heads. reward_weight: published as a LoRA of its own,
+    here 0 unless asked. score_weight: of the score distillation, ours 0 unless asked, since the fake is one more
+    network in memory; 1 is the weight of `dmd2`. score_from: the least unit time of the states, published 800 of 1000.
+    lo, hi: unit times of the matching, ours 20 to 980 of 1000. keep: of the average per round, ours 0.95. stage_steps:
+    rounds of a stage; 0, ours: the run in equal parts, and then a resumed run must keep its number of rounds. loss: of
+    the GAN, ours hinge; softplus is the other.
     Ours: states are scaled to the variance-preserving path before they are compared; one net for every number of steps,
-    re-noised in between. Score distillation for one step is left out: distil the result by a method of that kind.
-    Published settings: LoRA.
+    re-noised in between; beside the scores the last stage goes on as it was, where the published regresses on the
+    teacher's output; the fake plays as often as the student.
+    Published settings: LoRA, one for all numbers of steps.
     """
 
-    players: tuple[str, ...] = ("student", "heads")
+    players: tuple[str, ...] = ("student", "heads", "fake")
     targets = ("slow",)
     needs = frozenset({"x0", "features"})
     paper = "Hyper-SD, arXiv 2404.13686"
@@ -50,6 +56,10 @@ class HyperSD(Method):
         whole: float = 0.0,
         gan_weight: float = 0.5,
         reward_weight: float = 0.0,
+        score_weight: float = 0.0,
+        score_from: float = 0.8,
+        lo: float = 0.02,
+        hi: float = 0.98,
         keep: float = 0.95,
         stage_steps: int = 0,
         loss: str = "hinge",
@@ -61,12 +71,14 @@ class HyperSD(Method):
         self.student, self.slow, self.teacher = parts.student, parts.target(), parts.teacher
         self.path, self.guide, self.reward = parts.path, parts.guide, parts.reward
         self.whole, self.gan_weight, self.reward_weight = whole, gan_weight, reward_weight
+        self.score_weight, self.noisy, self.lo, self.hi = score_weight, (score_from, parts.few.times[0]), lo, hi
         self.keep, self.loss = keep, terms.checked_gan(loss)
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
+        self.players = ("student",)
         if gan_weight:
-            self.heads = parts.heads()
-        else:
-            self.players = ("student",)
+            self.heads, self.players = parts.heads(), (*self.players, "heads")
+        if score_weight:
+            self.fake, self.players = parts.copy("fake"), (*self.players, "fake")
 
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
@@ -76,6 +88,14 @@ class HyperSD(Method):
     def judge(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The heads' logits (B, N) of states x (B, *D) at t."""
         return self.heads(self.teacher(x, t, cond).features)
+
+    def matching(self, x: Tensor, cond: Cond, draw: Draws) -> Tensor:
+        """What samples x (B, *D) descend so that their law becomes the teacher's."""
+        t = times.uniform(draw, self.path, self.lo, self.hi)
+        xt = self.path.mix(x, draw.normal(x), t)
+        with torch.no_grad():
+            real, fake = self.guide(self.teacher)(xt, t, cond).x0, self.fake(xt, t, cond).x0
+        return terms.descend(x, like(terms.gap_weight(x, real), x) * (fake - real))
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
@@ -95,17 +115,25 @@ class HyperSD(Method):
         if self.reward_weight:
             assert self.reward is not None
             loss["reward"] = -self.reward_weight * self.reward(est.x0, cond).mean()
-        if not self.gan_weight:
+        if scored := bool(self.score_weight) and segments == 1:
+            t1 = times.uniform(draw, path, *self.noisy)
+            x = self.student(path.mix(batch.x0, draw.normal(here), t1), t1, cond).x0
+            loss["dm"] = self.score_weight * self.matching(x, cond, draw)
+
+        if self.gan_weight:
+            u = path.snap(end.lerp(t, draw.uniform())).clamp_min(path.t_min)
+            with frozen(self.teacher, self.heads):
+                logits = self.judge(path.diffuse(here, end, draw.normal(here), u), u, cond)
+                loss["gan"] = (far.to(here) * terms.GAN_LOSSES[self.loss][1](logits).mean(1)).mean()
+                yield Turn("student", loss, follow={"slow": self.keep})
+
+            with frozen(self.teacher):
+                real = self.judge(path.mix(batch.x0, draw.normal(here), u), u, cond)
+                fake = self.judge(path.diffuse(here.detach(), end, draw.normal(here), u), u, cond)
+                yield Turn("heads", {"gan": terms.gan_critic(real, fake, self.loss)})
+        else:
             yield Turn("student", loss, follow={"slow": self.keep})
-            return
 
-        u = path.snap(end.lerp(t, draw.uniform())).clamp_min(path.t_min)
-        with frozen(self.teacher, self.heads):
-            logits = self.judge(path.diffuse(here, end, draw.normal(here), u), u, cond)
-            gan = far.to(here) * terms.GAN_LOSSES[self.loss][1](logits).mean(1)
-            yield Turn("student", {**loss, "gan": gan.mean()}, follow={"slow": self.keep})
-
-        with frozen(self.teacher):
-            real = self.judge(path.mix(batch.x0, draw.normal(here), u), u, cond)
-            fake = self.judge(path.diffuse(here.detach(), end, draw.normal(here), u), u, cond)
-            yield Turn("heads", {"gan": terms.gan_critic(real, fake, self.loss)})
+        if scored:
+            t = times.uniform(draw, path)
+            yield Turn("fake", {"dsm": terms.dsm(self.fake, path, x.detach(), cond, t, draw)})

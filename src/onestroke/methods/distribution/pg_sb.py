@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from onestroke import terms, times
 from onestroke.denoiser import Guided, dropped, negated
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
+
+
+def listed(negatives: str) -> list[str]:
+    """The prompts in the option."""
+    return [text.strip() for text in negatives.split(";") if text.strip()]
 
 
 class PGSB(Method):
@@ -52,8 +60,12 @@ class PGSB(Method):
         self.min_scale, self.max_scale = min_scale, max_scale
         self.lo, self.hi, self.null_rate, self.alpha_power = lo, hi, null_rate, alpha_power
 
-        texts = [text.strip() for text in negatives.split(";") if text.strip()]
+        texts = listed(negatives)
         self.count, self.negatives = len(texts), parts.prompts(texts) if texts else parts.null
+
+    @classmethod
+    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset({"steering"} if listed(options["negatives"]) else ())
 
     def step(self, batch: Batch, step: int):
         cond, draw = batch.cond, batch.draw
