@@ -120,7 +120,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Of a teacher; a student has it built in.")] = 3.0,
     negative: Annotated[str, typer.Option(help="What a student is to stay away from.")] = "",
-    nasa_scale: Annotated[float, typer.Option(help="How much; beyond 1 pictures degrade.")] = 0.2,
+    nasa_scale: Annotated[float | None, typer.Option(help="How much; default: 0.2, or as trained.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA of the teacher, a safetensors file.")] = None,
     lora_scale: Annotated[float, typer.Option(help="What it is multiplied by.")] = 1.0,
     controlnet: Annotated[str | None, typer.Option(help="A ControlNet of the teacher, folder or hub id.")] = None,

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from onestroke.errors import InputError, read_json
+from onestroke.nasa import steered
 from onestroke.teachers.pipeline import check_weights, network_of
 
 if TYPE_CHECKING:
@@ -129,15 +130,18 @@ class Controlled:
         pictures = [image] * len(prompts) if isinstance(image, Image.Image) else list(image)
         if len(pictures) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(pictures)} control pictures; give one, or one for each.")
-        height, width = self.student.model.size
-        call = self.student.model.plain_call(steps or self.student.card["student_steps"])
+        model = self.student.model
+        network, branch = getattr(model.pipeline, model.part), getattr(model.net, "branch", None)
+        height, width = model.size
+        call = model.plain_call(steps or self.student.card["student_steps"])
         call |= {"height": height, "width": width, "controlnet_conditioning_scale": float(scale)}
         drawn: list[Image.Image] = []
         for i in range(0, len(prompts), batch_size):
             part = prompts[i : i + batch_size]
             shown = [p.convert("RGB").resize((width, height)) for p in pictures[i : i + batch_size]]
             generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
-            drawn += self.pipeline(part, image=shown, generator=generators, **call).images
+            with torch.no_grad(), steered(network, model.call, {}, branch):
+                drawn += self.pipeline(part, image=shown, generator=generators, **call).images
         return drawn
 
 

@@ -150,15 +150,17 @@ def dropped(cond: Cond, null: Cond, rows: Tensor) -> Cond:
 PREFIX, SCALE = "negative.", "nasa_scale"
 
 
-def negated(cond: Cond, negative: Cond, scale: float) -> Cond:
+def negated(cond: Cond, negative: Cond, scale: float | None) -> Cond:
     """`cond` (B, ...) away from `negative`, (1, ...) or (B, ...): the denoiser of a pipeline reads both (see
-    `onestroke.nasa`). Of the negative condition only the text and its mask are read; a scale of 0 is `cond` itself."""
+    `onestroke.nasa`). Of the negative condition only the text and its mask are read; a scale of 0 is `cond` itself, and
+    None that of the denoiser's branch."""
     if scale == 0:
         return cond
     like = next(iter(cond.values()))
     rows = {PREFIX + k: v.to(like.device) for k, v in negative.items() if k in ("text", "mask")}
     rows = {k: v.expand(len(like), *v.shape[1:]) for k, v in rows.items()}
-    return {**cond, **rows, SCALE: torch.full((len(like),), float(scale), device=like.device)}
+    strength = {} if scale is None else {SCALE: torch.full((len(like),), float(scale), device=like.device)}
+    return {**cond, **rows, **strength}
 
 
 class Routed(nn.Module):

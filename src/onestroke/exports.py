@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from onestroke.branch import BRANCH
 from onestroke.errors import ExportError, InputError, read_json, unknown
 from onestroke.model_card import write_card
 from onestroke.parity import DTYPES, GRIDS, PROMPTS, Drawn, by_training_sampler, check, check_pipeline, gap, open_plain
@@ -56,6 +57,8 @@ def to_diffusers(student: Student, out: Path, dtype: str) -> None:
     open_plain(student.folder, DTYPES[dtype]).save_pretrained(out, safe_serialization=True)
     if (student.folder / LORA).is_dir():
         shutil.copytree(student.folder / LORA, out / LORA)
+    if (student.folder / BRANCH).is_file():
+        shutil.copy(student.folder / BRANCH, out / BRANCH)
     carry(student, out, "diffusers")
     pipeline = open_plain(out, DTYPES[dtype])
     check_pipeline(out, pipeline, student.model, student.model.net, student.few, "diffusers", dtype=dtype)
@@ -96,7 +99,8 @@ def base_of(student: Student, base: str | None) -> PipelineTeacher:
     """The student's teacher, from where its card says or from `base`. Raises InputError when its weights are others."""
     teacher = load_teacher(find_base(student.card, base), student.model.size)
     same = student.card.get("teacher_fingerprint")
-    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (teacher.net, student.model.net)]
+    tensors = [net.state_dict().items() for net in (teacher.net, student.model.net)]
+    shapes = [{k: v.shape for k, v in found if not k.startswith("branch.")} for found in tensors]
     if shapes[0] != shapes[1] or (same and same != fingerprint(teacher.net)):
         raise InputError(
             f"{teacher.name!r} is another base: its weights are not those of the teacher that this student was "
@@ -416,6 +420,8 @@ def export(
             raise InputError(f"--{name} goes with --to {only}, not --to {to}; leave it out.")
     if rank is not None and rank < 1:
         raise InputError(f"--rank {rank} must be at least 1.")
+    if to != "diffusers" and (folder / BRANCH).is_file():
+        raise InputError(f"{folder} has a negative-prompt branch, which {to} cannot hold; export it to diffusers.")
     check_empty(out)
     if to == "lora":
         find_base(card, base)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestroke.branch import BRANCH, save_branch
 from onestroke.errors import InputError, read_json
 from onestroke.run import check_empty
 from onestroke.student import CARD, Student, load_student, read_card
@@ -48,6 +49,7 @@ def _shape(folder: Path) -> dict[str, Any]:
     network = "unet" if "unet" in declared else "transformer"
     files = {"pipeline": {"_class_name": declared.get("_class_name")}}
     files[network] = read_json(folder / network / "config.json")
+    files["branch"] = {"file": (folder / BRANCH).is_file()}
     files["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     return {
         part: {k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}
@@ -83,6 +85,7 @@ def merge(students: Sequence[str | Path], weights: Sequence[float] | None = None
     later = (load_student(f).model.net.state_dict() for f in folders[1:])
     net.load_state_dict(blended((s for group in ([net.state_dict()], later) for s in group), parts))
     student.model.pipeline.save_pretrained(out, safe_serialization=True)
+    save_branch(net, out)
     known = {k: " + ".join(dict.fromkeys(str(c.get(k)) for c in cards)) for k in ("method", "teacher")}
     card = {k: v for k, v in cards[0].items() if k not in ("rounds", "seconds")}
     card |= known | {"merged": {"students": [str(f) for f in folders], "weights": parts}}

@@ -88,6 +88,7 @@ class Parts:
     reward: Reward | None = None
     rounds: int = 1000  # of the whole run, for what changes along it
     encode: Callable[[list[str]], Cond] | None = None  # prompts (N) -> conditions (N, ...), where a teacher reads any
+    conditions: Cond | None = None  # (N, ...), all that the run learns under
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onestroke.branch import BRANCH
 from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
 from onestroke.settings import Settings
@@ -46,6 +47,18 @@ ONNX_NOTE = """
 Without onestroke: `denoiser.onnx` maps `x`, `t` and the conditions to `x0`, `decoder.onnx` maps `x0` to images in
 [0, 1], and `text_encoder.onnx`, where there is one, token ids to the condition `text`. `onestroke.json` lists
 `(t, a, b)` of every call under `onnx.steps`: its input is `x = a * x0 + b * noise`, with `x0 = 0` before the first.
+"""
+BRANCH_NOTE = """
+This draws the teacher without guidance: the student's own part is its negative-prompt branch, `{branch}`, which reads
+what not to draw. Through onestroke, and on this pipeline or a fine-tune of the teacher:
+
+```python
+from onestroke import load_student, negative_prompt
+
+load_student("{here}")("a prompt", negative_prompt="blurry")
+with negative_prompt(pipeline, "blurry", branch="{here}/{branch}"):
+    pipeline("a prompt", {call}).images[0]
+```
 """
 
 
@@ -160,11 +173,12 @@ def text_of(folder: Path) -> str:
         "Licence of the teacher": licence.get("words") or licence.get("license") or "unknown: ask its authors",
     }
     call = {**card.get("call", {"guidance_scale": 1.0}), "num_inference_steps": steps}
+    here, words = f"path/to/{folder.name}", ", ".join(f"{key}={value!r}" for key, value in call.items())
     use = USE["onnx without text" if kind == "onnx" and "tokens" not in card["onnx"] else kind].format(
-        here=f"path/to/{folder.name}",
+        here=here,
         absent=absent_words(folder),
         prompt="a prompt",
-        call=", ".join(f"{key}={value!r}" for key, value in call.items()),
+        call=words,
         teacher=name_of(teacher),
         scheduler=scheduler_of(folder),
     )
@@ -180,6 +194,7 @@ def text_of(folder: Path) -> str:
         "\nA student inherits the licence of its teacher; the attributions of the teacher's own card hold here too.\n",
         f"\n## Use\n\n```python\n{use}```\n",
         ONNX_NOTE if kind == "onnx" else "",
+        BRANCH_NOTE.format(branch=BRANCH, here=here, call=words) if (folder / BRANCH).is_file() else "",
         "\n## Settings\n\n" + table(("setting", "value"), settings_of(recipe)) if recipe else "",
         "\n## Measured\n\n" + figures_of(report) if report and figures_of(report) else "",
         "\n## Parity\n\n" + parity_words(parity) if parity else "",
@@ -214,6 +229,11 @@ def parity_words(parity: dict[str, Any]) -> str:
             f"\nExtracted with rank {lost['rank']} from weights that were trained whole:"
             f" {lost['squared_change']:.1%} of the squared change is lost, and pictures differ from the student's by"
             f" {lost['images_rms']:.2g} (root mean square) and at most {lost['images']:.2g}.\n"
+        )
+    if bare := parity.get("without_branch"):
+        words += (
+            f"\nThat is with the branch on the plain pipeline. Without it latents differ from the student's by at most"
+            f" {bare['latents']:.2g} of their peak and pictures by {bare['images']:.2g}.\n"
         )
     return words
 

@@ -11,19 +11,22 @@ own through the network, beside the same picture, which costs a second row. Publ
 for SD 1.5, 0.2 for SD 2.1, 0.5 for PixArt-alpha; of joint attention that the image-to-text part is meant. Ours: how
 that part is normalised (by both texts' pictures, as in the network), and FLUX's single-stream layers are left alone.
 
-It works around whatever attention processor a network has, and needs no weights.
+It works around whatever attention processor a network has, and needs no weights. Where there is a trained branch for
+the negative text (`onestroke.branch`), Z- is what that says.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestroke.branch import Branch, cross_attentions, joint, read_branch
 from onestroke.denoiser import PREFIX, SCALE, negated
 from onestroke.errors import InputError
 from onestroke.paths import Cond
@@ -32,28 +35,38 @@ from onestroke.teachers.calls import Call, flat, nested, padded
 
 @contextmanager
 def negative_prompt(
-    pipeline: Any, prompt: str, scale: float = 0.2, size: tuple[int, int] | None = None
+    pipeline: Any,
+    prompt: str,
+    scale: float | None = None,
+    size: tuple[int, int] | None = None,
+    branch: str | Path | None = None,
 ) -> Iterator[None]:
     """Steer what a plain diffusers pipeline, such as an exported student, draws in this block away from a prompt.
 
-    size: (height, width) of the pictures in pixels, where they are not the pipeline's own. The pipeline's network is
-    frozen by this. Raises InputError for one without an attention that can be steered.
+    size: (height, width) of the pictures in pixels, where they are not the pipeline's own. branch: the file of a
+    negative-prompt branch (`onestroke.branch`) of this pipeline or of its base. scale: by default 0.2, or what the
+    branch was trained with. The pipeline's network is frozen by this. Raises InputError for one without an attention
+    that can be steered, and for a branch of another base.
     """
     from onestroke.teachers.pipeline import PipelineTeacher
 
     model = PipelineTeacher(pipeline, type(pipeline).__name__, size)
-    cond = model.encode([prompt])
-    with steered(getattr(pipeline, model.part), model.call, negated(cond, cond, scale)):
+    network, cond = getattr(pipeline, model.part), model.encode([prompt])
+    found = None if branch is None else read_branch(branch, network)
+    scale = 0.2 if scale is None and found is None else scale
+    with steered(network, model.call, negated(cond, cond, scale), found):
         yield
 
 
 @contextmanager
-def steered(network: nn.Module, call: Call, cond: Cond) -> Iterator[None]:
-    """NASA in the calls of a network in this block, if `cond` asks for it (see `onestroke.denoiser.negated`)."""
+def steered(network: nn.Module, call: Call, cond: Cond, branch: Branch | None = None) -> Iterator[None]:
+    """NASA in the calls of a network in this block, if `cond` asks for it (see `onestroke.denoiser.negated`), or its
+    branch, which has a text of its own where `cond` names none."""
+    cond = cond if branch is None else branch.told(cond)
     if SCALE not in cond:
         yield
         return
-    handles = Steering(network, call, cond).install()
+    handles = Steering(network, call, cond, branch).install()
     try:
         yield
     finally:
@@ -63,21 +76,13 @@ def steered(network: nn.Module, call: Call, cond: Cond) -> Iterator[None]:
 
 def check_steerable(network: nn.Module) -> None:
     """Raises InputError for a network without cross- or joint attention, or one that is compiled."""
-    if not any(_joint(m) or _cross(m) for m in network.modules()):
+    if not any(joint(m) for m in network.modules()) and not cross_attentions(network):
         raise InputError(
             f"{type(network).__name__} keeps text and picture in one stream: negative prompts need a network with "
             "cross-attention or joint attention."
         )
     if getattr(network, "_compiled_call_impl", None) is not None:
         raise InputError("negative prompts change the layers of the network; load the student without compile.")
-
-
-def _cross(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_cross_attention", False)) and not _joint(module)
-
-
-def _joint(module: nn.Module) -> bool:
-    return getattr(module, "added_kv_proj_dim", None) is not None
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,14 +93,15 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 class Steering:
     """What one call of a network is steered by. `away` holds, by layer, what is to be subtracted from its output."""
 
-    def __init__(self, network: nn.Module, call: Call, cond: Cond):
+    def __init__(self, network: nn.Module, call: Call, cond: Cond, branch: Branch | None = None):
         check_steerable(network)
         self.network, self.call = network, call
         self.text, self.mask = cond[PREFIX + "text"], cond.get(PREFIX + "mask")
         self.scale = cond[SCALE].reshape(-1, 1, 1)
-        self.layers: list[Any] = [m for m in network.modules() if _joint(m)]
+        self.layers: list[Any] = [m for m in network.modules() if joint(m)]
         self.doubles = bool(self.layers)
-        self.layers = self.layers or [m for m in network.modules() if _cross(m)]
+        self.layers = self.layers or list(cross_attentions(network).values())
+        self.own = {} if branch is None else branch.of(network)
         self.rows = self.length = 0
         self.away: dict[int, Tensor] = {}
         self.heard: dict[int, Tensor] = {}
@@ -108,7 +114,7 @@ class Steering:
             handles.append(layer.register_forward_pre_hook(probe, with_kwargs=True))
             handles.append(layer.to_out[0].register_forward_pre_hook(self.leaving(layer)))
         if self.doubles:
-            blocks = (m for m in self.network.modules() if any(_joint(child) for child in m.children()))
+            blocks = (m for m in self.network.modules() if any(joint(child) for child in m.children()))
             handles += [block.register_forward_pre_hook(self.same_picture, with_kwargs=True) for block in blocks]
             handles.append(self.network.register_forward_hook(lambda module, args, out: (out[0][: self.rows],)))
         return handles
@@ -182,12 +188,12 @@ class Steering:
             silent.remove()
 
     def probe(self, layer: Any, given: dict[str, Any]) -> Tensor:
-        """What goes into the output projection of a layer, times the scale."""
-        self.probed = id(layer)
-        layer.forward(**given)
+        """What goes into the output projection of a layer, by the branch's keys and values where there is one."""
+        self.probed, own = id(layer), self.own.get(id(layer))
+        with nullcontext() if own is None else own.placed(layer):
+            layer.forward(**given)
         self.probed = None
-        found = self.heard.pop(id(layer))
-        return self.scale.to(found) * found
+        return self.heard.pop(id(layer))
 
     def leaving(self, layer: Any) -> Any:
         """What the output projection of a layer does first."""
@@ -197,7 +203,8 @@ class Steering:
             if self.probed == id(layer):
                 self.heard[id(layer)] = z
                 return None
-            away = self.away.pop(id(layer))
+            away, own = self.away.pop(id(layer)), self.own.get(id(layer))
+            away = self.scale.to(z) * (away if own is None else own(away, z))
             if self.doubles:
                 return (torch.cat([z[: self.rows] - away, z[self.rows :]]), *args[1:])
             return (z - away, *args[1:])

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from onestroke.branch import BRANCH, read_branch
 from onestroke.errors import ExportError
+from onestroke.nasa import steered
 from onestroke.paths import Flow, Table
 from onestroke.sampling import FewStep
 from onestroke.student import SeededNoise
@@ -195,10 +197,18 @@ def same_luck() -> Iterator[None]:
 def check_pipeline(
     out: Path, pipeline: Any, model: PipelineTeacher, net: nn.Module, few: FewStep, kind: str, **more: Any
 ):
-    """Compare what a plain pipeline draws with what `few` draws with `net`; see `check`."""
-    dtype = more.get("dtype", "float32")
+    """Compare what a plain pipeline draws with what `few` draws with `net`; see `check`.
+
+    Where a negative-prompt branch is written in `out`, with that on it, and "without_branch" is what it makes out.
+    """
+    dtype, network = more.get("dtype", "float32"), getattr(pipeline, model.part)
     with same_luck():
         drawn = by_diffusers(pipeline.to(next(net.parameters()).device), model, len(few.times))
+        if (out / BRANCH).is_file():
+            bare, branch = drawn, read_branch(out / BRANCH, network)
+            with steered(network, model.call, {}, branch):
+                drawn = by_diffusers(pipeline, model, len(few.times))
+            more["without_branch"] = gap(drawn, bare)
         reference = closest(drawn, model, net, few, dtype)
     check(
         out, reference, drawn, few, kind, **{"timesteps": timesteps(pipeline.scheduler, model.path, few.times), **more}

@@ -158,7 +158,7 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
 
 
-def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None) -> Any:
+def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None, cond: Any = None) -> Any:
     """What methods are built from, for a loaded teacher: Parts."""
     from onestroke.method import Parts
     from onestroke.roles import make_role
@@ -170,9 +170,8 @@ def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None) 
         return make_role(teacher.net, name, run)
 
     scale, null = run.guidance_scale, teacher.null if null is None else null
-    return Parts(
-        teacher.net, role("student"), role, few, null, scale, teacher.shape, reward, run.steps, teacher.conditions
-    )
+    more = (teacher.shape, reward, run.steps, teacher.conditions, cond)
+    return Parts(teacher.net, role("student"), role, few, null, scale, *more)
 
 
 def distill(
@@ -263,7 +262,7 @@ def distill(
         cond, null = {**cond, KEY: judge.encode(lines)}, {**null, KEY: judge.encode([""])}
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
-    parts = parts_of(teacher, run, null, judge)
+    parts = parts_of(teacher, run, null, judge, cond)
     solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
     playing = cls(parts, **chosen)
     teacher.park()

@@ -30,7 +30,7 @@ def sample(
     seed: int = 0,
     guidance_scale: float = 3.0,
     negative: str = "",
-    nasa_scale: float = 0.2,
+    nasa_scale: float | None = None,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     controlnet: str | Path | None = None,

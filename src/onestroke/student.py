@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from onestroke.branch import BRANCH, read_branch, save_branch
 from onestroke.denoiser import negated
 from onestroke.errors import InputError, read_json
 from onestroke.lora import check_lora_base, check_lora_file, put_lora
@@ -62,10 +63,13 @@ def fingerprint(net: nn.Module) -> str:
 def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path, card: dict[str, Any]) -> None:
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it.
 
-    The adapters of a student that has some are merged there; `out`/lora keeps them as they were trained.
+    The adapters of a student that has some are merged there; `out`/lora keeps them as they were trained. A
+    negative-prompt branch, which no ordinary network has, stands in `out`/branch.safetensors alone.
     """
-    pipeline = teacher.student_pipeline(merged(net).to(torch.float32), few)
+    whole = merged(net).to(torch.float32)
+    pipeline = teacher.student_pipeline(whole, few)
     pipeline.save_pretrained(out, safe_serialization=True)
+    save_branch(whole, out)
     if found := adapters(net):
         save_lora(found, out / LORA)
     how = {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
@@ -120,19 +124,23 @@ class Student:
         steps: int | None = None,
         batch_size: int = 64,
         negative_prompt: str = "",
-        nasa_scale: float = 0.2,
+        nasa_scale: float | None = None,
     ) -> list[Image.Image]:
         """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number.
 
-        negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.nasa`); beyond 1 pictures
-        degrade. Raises InputError where the network cannot be steered.
+        negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.nasa`), 0.2 by default; beyond
+        1 pictures degrade. A student with a branch for it (see `onestroke.branch`) reads it there, by default as
+        strongly as trained; without one it reads the prompt that it learned to. Raises InputError where the network
+        cannot be steered.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         steer, images = bool(negative_prompt) and nasa_scale != 0, []
         if steer:
-            for net in self.model.net.modules():
-                if hasattr(net, "call"):
-                    check_steerable(getattr(net, self.model.part))
+            nets = [net for net in self.model.net.modules() if hasattr(net, "call")]
+            for net in nets:
+                check_steerable(getattr(net, self.model.part))
+            if nasa_scale is None and any(getattr(net, "branch", None) is None for net in nets):
+                nasa_scale = 0.2
         for i in range(0, len(prompts), batch_size):
             cond = self.model.encode(prompts[i : i + batch_size])
             if steer:
@@ -192,11 +200,15 @@ def load_student(
         speed: dict[str, Any] = {"compile": compile, "channels_last": channels_last, "tiny_decoder": tiny_decoder}
         return load_several(folder, **speed, lora=lora, lora_scale=lora_scale)
     card = read_card(folder)
+    if compile and (folder / BRANCH).is_file():
+        raise InputError(f"{BRANCH} changes the layers of the network; load this student without compile.")
     if lora is not None:
         check_lora_base(folder, lora)
     model = PipelineTeacher.load(folder, size=card.get("size"))
     if lora is not None:
         put_lora(model, lora, lora_scale)
+    if (folder / BRANCH).is_file():
+        model.net.branch = read_branch(folder / BRANCH, getattr(model.pipeline, model.part))
     if tiny_decoder is not None:
         model.pipeline.register_modules(vae=read_tiny_decoder(tiny_decoder, model.shape[0]).to(model.device))
     if channels_last:

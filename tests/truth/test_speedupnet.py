@@ -214,7 +214,7 @@ def negative(module):
 
 
 MUTANTS = [
-    ("Guided(self.teacher, self.scale, self.null)", "self.teacher", guides),
+    ("Guided(self.teacher, self.scale, null)", "self.teacher", guides),
     ("parts.prompts([negative]) if negative else parts.null", "parts.null", negative),
     ("step < self.guide_steps", "step <= self.guide_steps", stages),
     ("goal == step_of", "goal != step_of", ends),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from onestroke.branch import Branch
 from onestroke.denoiser import Denoiser, plain_attention, tapped
 from onestroke.nasa import steered
 from onestroke.paths import Flow, Prediction, Table
@@ -26,6 +27,7 @@ class DiTDenoiser(Denoiser):
     def __init__(self, transformer: nn.Module, path: Flow | Table, prediction: Prediction, call: Call):
         super().__init__(path, prediction)
         self.transformer, self.call = transformer, call
+        self.branch: Branch | None = None
         blocks = block_names(transformer)
         ends = sorted({max(len(blocks) * (i + 1) // TAPS - 1, 0) for i in range(TAPS)})
         self.taps, self.bottleneck = tuple(blocks[i] for i in ends), (len(ends) - 1) // 2
@@ -33,7 +35,7 @@ class DiTDenoiser(Denoiser):
     def predict(self, x, t, cond):
         dtype = next(self.transformer.parameters()).dtype
         with plain_attention(x), tapped(self.transformer, self.taps, tokens) as features:
-            with steered(self.transformer, self.call, cond):
+            with steered(self.transformer, self.call, cond, self.branch):
                 out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
         return self.call.answer(out, x.shape[1:]), tuple(f[: len(x)] for f in features)
 
