@@ -191,6 +191,29 @@ def test_the_negatives_check_fails_on_the_mutant(old, new, teachers):
         negatives_are_what_both_read(broken(METHOD, old, new).SpeedUpNet, teachers["sd15"])
 
 
+def test_the_default_is_the_option(teachers):
+    """What a student draws away from unless told otherwise, and how much; and none of it where it is not wanted."""
+    teacher = teachers["sd15"]
+    branch = training(teacher, options={"negative": "rain"}).method.student.branch
+    assert torch.equal(branch.text, teacher.encode(["rain"])["text"])
+    assert branch.scale.item() == pytest.approx((W - 1) / W)
+    method = training(teacher, options={"branch": False}).method
+    assert method.student.branch is None
+    assert any("lora" in k for k, p in method.student.named_parameters() if p.requires_grad)
+
+
+def test_rows_do_not_depend_on_the_split(teachers):
+    trainer = training(teachers["sd15"], options={"guide_steps": 1})
+
+    def loss(size, offset, step):
+        batch = trainer.data.batch(Draws(0, step, size, offset, 8), torch.device("cpu"))
+        (turn,) = trainer.method.step(batch, step)
+        return sum(turn.terms.values()).item()
+
+    for step in (0, 1):
+        assert (loss(4, 0, step) + loss(4, 4, step)) / 2 == pytest.approx(loss(8, 0, step), rel=1e-4)
+
+
 def lively(teacher, factor: float):
     """The teacher with its text weighing more: of random weights it says next to nothing."""
     found = copy.copy(teacher)
