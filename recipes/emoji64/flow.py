@@ -128,7 +128,7 @@ def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tup
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=10_000, batch=64)
+    args = arguments(__doc__, steps=8_000, batch=64)
     images, rows, out = load_data(args.data)
     torch.manual_seed(0)
     logging.set_verbosity_error()  # the pipeline reports every caption that is cut
