@@ -71,6 +71,8 @@ def to_lora(student: Student, out: Path, rank: int | None, base: str | None) -> 
     parity.json says what is lost.
     """
     model, few = student.model, student.few
+    if few.ahead:
+        raise InputError("a plain pipeline runs the encoder of a LoRA's student in every step; export to diffusers.")
     if not hasattr(model.pipeline, "load_lora_weights"):
         raise InputError(f"diffusers puts no LoRA weights on a {type(model.pipeline).__name__}; export to diffusers.")
     teacher, kept = base_of(student, base), student.folder and student.folder / LORA / LORA_FILE

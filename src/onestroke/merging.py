@@ -16,7 +16,7 @@ from onestroke.errors import InputError, read_json
 from onestroke.run import check_empty
 from onestroke.student import CARD, Student, load_student, read_card
 
-SAME = ("student_steps", "renoise", "size")  # of the cards
+SAME = ("student_steps", "renoise", "encoder", "size")  # of the cards
 
 
 def blended(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

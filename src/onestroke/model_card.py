@@ -23,6 +23,10 @@ pipeline = DiffusionPipeline.from_pretrained("{here}"{absent})
 noise = torch.Generator().manual_seed(0)
 pipeline("{prompt}", {call}, generator=noise).images[0]
 """,
+    "once": """from onestroke import load_student
+
+load_student("{here}")("{prompt}", seed=0)[0]
+""",
     "lora": """from diffusers import DiffusionPipeline, {scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("{teacher}")
@@ -59,6 +63,11 @@ load_student("{here}")("a prompt", negative_prompt="blurry")
 with negative_prompt(pipeline, "blurry", branch="{here}/{branch}"):
     pipeline("a prompt", {call}).images[0]
 ```
+"""
+
+ONCE_NOTE = """
+This student was trained to run its encoder once, on the noise, and its decoder for all steps. Diffusers opens this
+folder, but its pipeline runs the encoder in every step: it draws other pictures, which nothing was trained for.
 """
 
 
@@ -144,7 +153,7 @@ def data_use(method: str, recipe: dict[str, Any]) -> str:
         "pairs": "pairs of noise and the teacher's own pictures",
         "reward": "a reward of the student's pictures",
     }
-    return ", ".join([count, *(said.get(need, need) for need in sorted(needs))]) + "; no real images" * (
+    return ", ".join([count, *(said[need] for need in sorted(needs & said.keys()))]) + "; no real images" * (
         "x0" not in needs
     )
 
@@ -164,17 +173,23 @@ def text_of(folder: Path) -> str:
     )
     kind, method, teacher = card.get("format", "diffusers"), str(card.get("method")), str(card.get("teacher"))
     steps, licence = card["student_steps"], card.get("teacher_licence", {})
+    once = card.get("encoder") == "once"
     about = {
         "Method": f"{method} ({paper_of(method)})",
         "Teacher": name_of(teacher),
-        "Network calls per picture": steps,
+        "Network calls per picture": f"1 of the encoder, {steps} of the decoder" if once else steps,
         "Learned from": data_use(method, recipe),
         "Rounds": card.get("rounds", "unknown"),
         "Licence of the teacher": licence.get("words") or licence.get("license") or "unknown: ask its authors",
     }
     call = {**card.get("call", {"guidance_scale": 1.0}), "num_inference_steps": steps}
     here, words = f"path/to/{folder.name}", ", ".join(f"{key}={value!r}" for key, value in call.items())
-    use = USE["onnx without text" if kind == "onnx" and "tokens" not in card["onnx"] else kind].format(
+    way = kind
+    if once and kind == "diffusers":
+        way = "once"
+    elif kind == "onnx" and "tokens" not in card["onnx"]:
+        way = "onnx without text"
+    use = USE[way].format(
         here=here,
         absent=absent_words(folder),
         prompt="a prompt",
@@ -185,14 +200,17 @@ def text_of(folder: Path) -> str:
     what = {"diffusers": "diffusers pipeline", "lora": "LoRA adapter of its teacher", "onnx": "set of ONNX graphs"}[
         kind
     ]
-    calls = "one call" if steps == 1 else f"{steps} calls"
+    calls = "one call of its network" if steps == 1 else f"{steps} calls of its network"
+    if once:
+        calls = f"one run of its network's encoder and {steps} of the decoder, in parallel"
     parts = [
         front_matter(card, kind),
-        f"# {folder.name}\n\nA student of {name_of(teacher)} that draws in {calls} of its network, distilled by"
+        f"# {folder.name}\n\nA student of {name_of(teacher)} that draws in {calls}, distilled by"
         f" {method} with onestroke. This folder is a {what}.\n\n",
         table(("", ""), list(about.items())),
         "\nA student inherits the licence of its teacher; the attributions of the teacher's own card hold here too.\n",
         f"\n## Use\n\n```python\n{use}```\n",
+        ONCE_NOTE if once else "",
         ONNX_NOTE if kind == "onnx" else "",
         BRANCH_NOTE.format(branch=BRANCH, here=here, call=words) if (folder / BRANCH).is_file() else "",
         "\n## Settings\n\n" + table(("setting", "value"), settings_of(recipe)) if recipe else "",
@@ -221,7 +239,8 @@ def parity_words(parity: dict[str, Any]) -> str:
     found, steps = parity["max_abs_difference"], "1 step" if parity["steps"] == 1 else f"{parity['steps']} steps"
     words = (
         f"Drawn with this folder ({parity['dtype']}, {steps}) and with the sampler of training from the same noise,"
-        f" latents differ by at most {found['latents']:.2g} of their peak and pictures by {found['images']:.2g} of"
+        + " by onestroke, as diffusers runs the encoder in every step," * (parity.get("sampler") == "onestroke")
+        + f" latents differ by at most {found['latents']:.2g} of their peak and pictures by {found['images']:.2g} of"
         f" [0, 1]; {parity['tolerance']:g} is allowed.\n"
     )
     if lost := parity.get("lost_by_rank"):

@@ -199,17 +199,26 @@ def check_pipeline(
 ):
     """Compare what a plain pipeline draws with what `few` draws with `net`; see `check`.
 
-    Where a negative-prompt branch is written in `out`, with that on it, and "without_branch" is what it makes out.
+    Where a negative-prompt branch is written in `out`, with that on it, and "without_branch" is what it makes out. Of a
+    student whose encoder runs once, what `few` draws with the networks of that pipeline: its own sampler would run the
+    encoder in every step.
     """
     dtype, network = more.get("dtype", "float32"), getattr(pipeline, model.part)
     with same_luck():
-        drawn = by_diffusers(pipeline.to(next(net.parameters()).device), model, len(few.times))
-        if (out / BRANCH).is_file():
-            bare, branch = drawn, read_branch(out / BRANCH, network)
-            with steered(network, model.call, {}, branch):
-                drawn = by_diffusers(pipeline, model, len(few.times))
-            more["without_branch"] = gap(drawn, bare)
-        reference = closest(drawn, model, net, few, dtype)
+        pipeline = pipeline.to(next(net.parameters()).device)
+        if few.ahead:
+            pipeline.scheduler.set_timesteps(len(few.times))
+            read = PipelineTeacher(pipeline, str(out), model.size)
+            drawn, reference = (by_training_sampler(m, n, few) for m, n in ((read, read.net), (model, net)))
+            more["sampler"] = "onestroke"
+        else:
+            drawn = by_diffusers(pipeline, model, len(few.times))
+            if (out / BRANCH).is_file():
+                bare, branch = drawn, read_branch(out / BRANCH, network)
+                with steered(network, model.call, {}, branch):
+                    drawn = by_diffusers(pipeline, model, len(few.times))
+                more["without_branch"] = gap(drawn, bare)
+            reference = closest(drawn, model, net, few, dtype)
     check(
         out, reference, drawn, few, kind, **{"timesteps": timesteps(pipeline.scheduler, model.path, few.times), **more}
     )

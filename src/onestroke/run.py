@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onestroke.denoiser import no_halves
 from onestroke.errors import InputError, read_json, read_text
 from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
@@ -122,6 +123,13 @@ def check_machine(run: Settings) -> None:
         raise InputError("offload=true is for one process; use shard=true for several.")
 
 
+def check_network(folder: Path, needs: Collection[str]) -> None:
+    """Refuse a pipeline whose network lacks what a method needs, from its small files. Raises InputError."""
+    network = read_json(folder / "model_index.json").get("transformer")
+    if "halves" in needs and network is not None:
+        raise no_halves(network[-1])
+
+
 def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
     """Refuse a partition that cannot be; `more`, that pictures or pairs were given. Raises InputError."""
     if more:
@@ -227,6 +235,7 @@ def distill(
         from onestroke.teachers.pipeline import hollow_network, inspect_folder
 
         inspect_folder(source)
+        check_network(source, needs)
         if "steering" in needs:
             from onestroke.nasa import check_steerable
 
@@ -275,8 +284,9 @@ def distill(
     student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
-        save_student(teacher, student, parts.few, out, {**card, "teacher_licence": licence_of(name)})
-        check_pipeline(out, open_plain(out), teacher, student, parts.few, "diffusers")
+        few = getattr(playing, "few", parts.few)  # as the method calls it
+        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
+        check_pipeline(out, open_plain(out), teacher, student, few, "diffusers")
         write_card(out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)

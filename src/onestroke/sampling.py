@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from onestroke.paths import Cond, Path, like
+from onestroke.paths import Cond, Estimate, Path, like
 
 
 class Noise(Protocol):
@@ -28,6 +28,8 @@ class FewStep:
     student's own estimate, a DDIM step (TDM). The names are those of few-step SiD (arXiv 2505.12674).
     eta: how far fresh noise reaches back. The call leads to the time (1 - eta) t before the next one, t, and noise goes
     on from there: 1 from the data, 0 as "implied" (TCD's strategic stochastic sampling, arXiv 2402.19159).
+    encoder: how often that half of the student runs in a draw. "once": at the first time, and its decoder then at all
+    times in parallel (see `onestroke.denoiser.Halves`); its steps are those of "implied" noise.
     """
 
     path: Path
@@ -35,6 +37,12 @@ class FewStep:
     start: Literal["unit", "noise"] = "unit"
     renoise: Literal["fresh", "fixed", "implied"] = "fresh"
     eta: float = 1.0
+    encoder: Literal["each", "once"] = "each"
+
+    @property
+    def ahead(self) -> bool:
+        """Whether one run of the encoder serves several times."""
+        return self.encoder == "once" and len(self.times) > 1
 
     def input(self, noise: Tensor) -> Tensor:
         """The student's first input (B, *D) from standard-normal noise (B, *D)."""
@@ -81,12 +89,19 @@ class FewStep:
             xs.append(x)
         return xs
 
+    def estimates(self, net: nn.Module, noise: Tensor, cond: Cond) -> Estimate:
+        """x0 and eps (B, K, *D) at all K times of a student whose encoder runs once."""
+        t = torch.tensor(self.times, dtype=torch.float64, device=noise.device)
+        return net(self.input(noise), t.expand(len(noise), -1), cond)
+
     def sample(self, net: nn.Module, noise: Tensor, cond: Cond, draw: Noise | None = None, upto: int | None = None):
         """x0 (B, *D) after call number `upto` (default: the last).
 
         With `upto`, only that call records gradient (backward simulation, DMD2 section 4.5).
         """
         last = len(self.times) - 1 if upto is None else upto
+        if self.ahead:
+            return self.estimates(net, noise, cond).x0[:, last]
         with torch.set_grad_enabled(torch.is_grad_enabled() and upto is None):
             x = self.inputs(net, noise, cond, draw, last)[-1]
         return net(x, self.time(last, noise), cond).x0

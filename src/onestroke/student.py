@@ -72,7 +72,8 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     save_branch(whole, out)
     if found := adapters(net):
         save_lora(found, out / LORA)
-    how = {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
+    how: dict[str, Any] = {"encoder": few.encoder} if few.ahead else {}
+    how |= {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
@@ -101,7 +102,8 @@ class Student:
 
     def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
         self.model, self.card, self.folder = model, card, folder
-        self.few = FewStep(model.path, model.path.grid(card["student_steps"]), renoise=card.get("renoise", "fresh"))
+        how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
+        self.few = FewStep(model.path, model.path.grid(card["student_steps"]), **how)
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
@@ -155,6 +157,8 @@ class Student:
 
         if self.card.get("students", 1) > 1:
             raise InputError("a ControlNet goes with one student; load one of these, student-0 for example.")
+        if self.few.ahead:
+            raise InputError("a ControlNet steers the encoder in every step; this student's runs once.")
         return Controlled(self, control)
 
 
@@ -200,6 +204,8 @@ def load_student(
         speed: dict[str, Any] = {"compile": compile, "channels_last": channels_last, "tiny_decoder": tiny_decoder}
         return load_several(folder, **speed, lora=lora, lora_scale=lora_scale)
     card = read_card(folder)
+    if compile and card.get("encoder") == "once":
+        raise InputError(f"the encoder of {folder} runs once, which compile does not know yet; leave compile out.")
     if compile and (folder / BRANCH).is_file():
         raise InputError(f"{BRANCH} changes the layers of the network; load this student without compile.")
     if lora is not None:

@@ -136,6 +136,16 @@ def endpoint(net: nn.Module, path: Path, x: Tensor, s: Tensor, cond: Cond) -> Te
     return torch.where(at_data, x / like(path.ab(s)[0], x), there)
 
 
+def from_normal(x: Tensor) -> Tensor:
+    """(B,): how far the numbers of each sample (B, *D) are from standard normal ones, by their mean and variance alone.
+
+    The Kullback-Leibler divergence (mean^2 + variance - 1 - log variance) / 2 of two normal laws.
+    """
+    rows = x.flatten(1)
+    mean, var = rows.mean(1), rows.var(1)
+    return (mean.square() + var - 1 - var.log()) / 2
+
+
 def gap_weight(x: Tensor, real: Tensor) -> Tensor:
     """(B,): 1 / max(mean_D |x - D_p|, 1e-5), without gradient (SiD's omega, arXiv 2404.04057)."""
     return (x - real).detach().abs().flatten(1).mean(1).clamp_min(1e-5).reciprocal()

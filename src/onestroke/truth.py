@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestroke import terms, times
-from onestroke.denoiser import Denoiser
+from onestroke.denoiser import Halves
 from onestroke.draws import Draws
 from onestroke.errors import InputError, unknown
 from onestroke.method import Batch, Method, Pairs, Parts, Reward, Turn
@@ -40,10 +40,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Net(Denoiser):
+class Net(Halves):
     """A small residual MLP with labels: the stand-in for a UNet where the teacher is exact.
 
-    Input and, for x0 prediction, output are preconditioned as in EDM (arXiv 2206.00364, table 1) with sigma_data.
+    Input and, for x0 prediction, output are preconditioned as in EDM (arXiv 2206.00364, table 1) with sigma_data. In
+    halves, the first layer is the encoder, and all others, which alone read time and label, the decoder.
     """
 
     clock = "time"
@@ -58,23 +59,32 @@ class Net(Denoiser):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def predict(self, x, t, cond):
+    def encode(self, x, t, cond):
+        a, b = (c.to(x) for c in self.path.ab(t))
+        return x, self.enter(x / like(torch.hypot(a * self.sigma_data, b), x))
+
+    def decode(self, found, t, cond):
+        x, h = found
         a, b = (c.to(x) for c in self.path.ab(t))
         level = torch.atan2(b, a * self.sigma_data)  # 0 .. pi / 2, smooth through both ends
         waves = torch.arange(1, 5, device=x.device) * level[:, None] * 2
         noise = b.clamp_min(1e-4).log() - a.clamp_min(1e-4).log()
         waves2 = noise[:, None] * torch.tensor([0.25, 0.5, 1.0, 2.0], device=x.device)
         seen = torch.cat([waves.sin(), waves.cos(), waves2.sin(), waves2.cos(), noise[:, None] / 4], 1).to(x)
-        std = torch.hypot(a * self.sigma_data, b)
-        h = self.enter(x / like(std, x)) + self.time(seen) + self.embed(cond["label"] + 1)
+        h = h + self.time(seen) + self.embed(cond["label"] + 1)
         for layer in self.body:
             h = h + layer(nn.functional.silu(h))
         out = self.leave(nn.functional.silu(h))
         if self.prediction == "x0":
-            skip, gain = a * self.sigma_data**2 / std**2, b * self.sigma_data / std
-            return like(skip, x) * x + like(gain, x) * out, (h,)
+            return like(b * self.sigma_data / torch.hypot(a * self.sigma_data, b), x) * out, (h,)
         p, q = self.path.basis(t, self.prediction)
         return out * like((self.sigma_data**2 * p**2 + q**2).sqrt(), x), (h,)
+
+    def estimate(self, x, out, t):
+        if self.prediction == "x0":
+            a, b = (c.to(x) for c in self.path.ab(t))
+            out = like(a * self.sigma_data**2 / torch.hypot(a * self.sigma_data, b) ** 2, x) * x + out
+        return super().estimate(x, out, t)
 
 
 class Fit(Method):
