@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long distillation of emoji64: the demo's settings with a larger batch and ten times the rounds.
+# The long distillation of emoji64: the demo's settings with a larger batch and many times the rounds.
 # Resumable: call it again after an interruption.  usage: recipes/emoji64/distill.sh [OUT]
 set -euo pipefail
 out=${1:-runs/emoji64-long}

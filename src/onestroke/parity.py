@@ -127,7 +127,8 @@ def timesteps(scheduler: Any, path: Table | Flow, trained: tuple[float, ...]) ->
 
     compare(trained)
     taken = scheduler.timesteps.tolist()
-    if most := scheduler.config.get("original_inference_steps"):  # it serves several numbers of steps
+    most = scheduler.config.get("original_inference_steps")
+    if most and scheduler.config.num_train_timesteps % most == 0:  # it serves several numbers of steps
         for steps in (k for k in GRIDS if most % k == 0):
             scheduler.set_timesteps(steps)
             compare(path.grid(steps))

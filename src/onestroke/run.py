@@ -272,8 +272,10 @@ def distill(
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
     parts = parts_of(teacher, run, null, judge, cond)
-    solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
     playing = cls(parts, **chosen)
+    few = getattr(playing, "few", parts.few)  # as the method calls it
+    teacher.student_scheduler(few)  # refuses calls that no pipeline could repeat
+    solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
     teacher.park()
     trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved), run, out)
     if resume:
@@ -284,7 +286,6 @@ def distill(
     student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
-        few = getattr(playing, "few", parts.few)  # as the method calls it
         save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
         check_pipeline(out, open_plain(out), teacher, student, few, "diffusers")
         write_card(out)

@@ -436,3 +436,11 @@ def test_demo_into_a_folder_with_files(refused, tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine.txt").write_text("mine")
     refused("demo", "--out", tmp_path / "demo", says=("is not empty; choose another --out",))
+
+
+def test_steps_that_no_scheduler_takes(refused, pipeline_folder, prompt_file, tmp_path):
+    out = tmp_path / "out"
+    words = ["distill", pipeline_folder, "--method", "few-step-sid", "--prompts", prompt_file, "--out", out]
+    says = ("renoise=implied needs a number of steps that divides 1000, not 3",)
+    refused(*words, "--set", "student_steps=3", "--set", "renoise=implied", says=says)
+    assert not out.exists()

@@ -79,6 +79,7 @@ def test_a_cache_that_cannot_be_written_is_left(tmp_path, monkeypatch):
         ("sdxl", "swiftbrush", 1, {"lora_rank": {"*": 2}}),
         ("pixart-sigma", "swiftbrush", 1, {"lora_rank": {"*": 2}}),
         ("sd3", "few-step-sid", 2, {"lora_rank": {"*": 2}}),
+        ("sd15", "few-step-sid", 3, {"lora_rank": {"*": 2}}),
         ("flux", "few-step-sid", 2, {"renoise": "implied"}),
         ("z-image", "few-step-sid", 2, {}),
     ],

@@ -438,6 +438,10 @@ class PipelineTeacher:
         if isinstance(path, Table):
             plain = {"clip_sample": False, "thresholding": False}
             if few.renoise == "implied":
+                if path.num_timesteps % steps:
+                    raise InputError(
+                        f"renoise=implied needs a number of steps that divides {path.num_timesteps}, not {steps}."
+                    )
                 return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, **plain)
             origin = 8 if 8 % steps == 0 and path.num_timesteps % 8 == 0 else steps
             return LCMScheduler.from_config(config, original_inference_steps=origin, **plain)
