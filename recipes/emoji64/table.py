@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +103,16 @@ def main() -> None:
         source = {"images": images} if "x0" in get_method(method).needs else {"prompts": folder / "prompts.txt"}
         settings = {**BUDGET, **recipe_defaults(args.teacher, method), "log_with": "none"}
         settings["steps"] = args.rounds or settings["steps"]
-        began, out = time.monotonic(), args.out / method
+        out = args.out / method
         try:
             distill(args.teacher, method=method, out=out, resume=(out / "recipe.json").is_file(), **source, **settings)
         except InputError as error:
             keep(method, {"refused": str(error)})
             continue
-        seconds, student = time.monotonic() - began, load_student(out)
+        student = load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
-        about = {"needs": sorted(get_method(method).needs), "seconds": round(seconds), "rounds": settings["steps"]}
+        needs, seconds = sorted(get_method(method).needs), round(student.card["seconds"])
+        about = {"needs": needs, "seconds": seconds, "rounds": settings["steps"]}
         keep(method, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
     many, one, *_ = table.values()

@@ -194,3 +194,17 @@ def test_weights_missing_from_an_encoder_beyond_the_first(teachers, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="'text_encoder_2' lacks weights"):
         PipelineTeacher.load(folder)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_prompts_that_are_cut_are_told_of_once(teachers, name, caplog):
+    """The pipeline itself would print all that it cuts, from every batch."""
+
+    def told() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name.startswith("diffusers") and "cut" in r.getMessage()]
+
+    teachers[name].encode(["rain"])
+    assert not told()
+    teachers[name].encode([f"{'rain ' * 90}{k}" for k in range(3)], batch_size=1)
+    assert told() == ["Some prompts are longer than the text encoder reads: their ends are cut."]
+    assert not any("truncated" in r.getMessage() for r in caplog.records)

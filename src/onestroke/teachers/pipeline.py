@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,25 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def cuts_told_once(pipeline: Any) -> Iterator[None]:
+    """One line for all prompts that are cut; the pipeline would print what it cuts from every batch."""
+    log, found = getLogger(type(pipeline).__module__), set()
+
+    def quiet(record: LogRecord) -> bool:
+        if cut := "truncated" in record.getMessage():
+            found.add(cut)
+        return not cut
+
+    log.addFilter(quiet)
+    try:
+        yield
+    finally:
+        log.removeFilter(quiet)
+    if found:
+        log.warning("Some prompts are longer than the text encoder reads: their ends are cut.")
+
+
 def load_encoder(source: str | Path, part: str, name: str) -> nn.Module:
     """A transformers model of a pipeline. Raises InputError where its file lacks weights, which would be random."""
     model, report = getattr(transformers, name).from_pretrained(
@@ -332,9 +352,10 @@ class PipelineTeacher:
         prompt once."""
         self.restore()
         distinct = list(dict.fromkeys(prompts))
-        parts = [
-            self.caller.encode(self.call, distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)
-        ]
+        with cuts_told_once(self.pipeline):
+            parts = [
+                self.caller.encode(self.call, distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)
+            ]
         found = {k: padded([row for part in parts for row in part[k]]) for k in parts[0]}
         return self._spread(found, distinct, prompts)
 
