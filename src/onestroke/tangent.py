@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from onestroke.errors import Notice
+from onestroke.errors import InputError, Notice
 from onestroke.paths import Path, like
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -34,12 +34,16 @@ class Tangent:
 
     A network that cannot be differentiated so (a fused kernel, a function of its own without such a rule) is met at its
     first call; from then on two more calls, the central difference, stand in, and a Notice says so once. Call the
-    player itself inside the field, wrapped as it is: every process then makes the same calls. forward: False takes the
-    difference from the start.
+    player itself inside the field, wrapped as it is: every process then makes the same calls.
+
+    step: of the difference, in unit time, which is then taken from the start; 0: the derivative. A long one sees past
+    the wiggles of a network that reads a thousand times. Raises InputError for one outside [0, 0.5).
     """
 
-    def __init__(self, forward: bool = True):
-        self.forward = forward
+    def __init__(self, step: float = 0.0):
+        if not 0 <= step < 0.5:
+            raise InputError(f"difference={step} must lie in [0, 0.5), in unit time; 0 is the derivative itself.")
+        self.step, self.forward = step, not step
 
     @torch.no_grad()
     def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,7 @@ class Tangent:
             except RuntimeError as error:
                 self.forward, why = False, str(error).partition("\n")[0]
                 warnings.warn(f"no forward-mode derivative ({why}): differences stand in.", Notice, stacklevel=2)
-        return field(x, t), difference(field, x, t, dx, dt)
+        return field(x, t), difference(field, x, t, dx, dt, self.step or None)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 from contract.build import small_net
 from families import FAMILIES
 from onestroke.denoiser import OnPath, TwoTimes
-from onestroke.errors import Notice
+from onestroke.errors import InputError, Notice
 from onestroke.paths import Flow
 from onestroke.tangent import STEPS, Tangent, difference
 from truth.checks import F64, close, make_path, tensor
@@ -109,7 +109,7 @@ def test_a_network_without_forward_mode_is_differenced_and_it_is_said_once():
 
 def test_both_ways_agree():
     *call, _ = case()
-    (value, slope), (same, other) = Tangent()(*call), Tangent(forward=False)(*call)
+    (value, slope), (same, other) = Tangent()(*call), Tangent(1e-6)(*call)
     assert torch.equal(value, same)
     assert (slope - other).abs().max() < 1e-8 * slope.abs().max()
 
@@ -147,3 +147,16 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.warns(Notice), pytest.raises(RuntimeError, match="mat1 and mat2"):
         Tangent()(field, torch.ones(2, 3), tensor(0.5, 0.5), torch.ones(2, 3), tensor(1.0, 1.0))
+
+
+def test_a_long_difference_sees_past_wiggles():
+    """sin(t) with a fast small wave on it: the derivative is the wave's, the difference over its length is not."""
+    x, t = torch.zeros(1, 1, dtype=F64), tensor(0.4)
+    call = (lambda x, t: x + t.sin()[:, None] + 0.01 * (200 * torch.pi * t).cos()[:, None], x, t, x, tensor(1.0))
+    assert abs(Tangent(0.05)(*call)[1] - t.cos()) < 1e-3
+    assert abs(Tangent(0.0)(*call)[1] - t.cos()) < 1e-3  # at the wave's crest
+    off = (*call[:2], tensor(0.4025), *call[3:])
+    assert abs(Tangent(0.05)(*off)[1] - tensor(0.4025).cos()) < 1e-3
+    assert abs(Tangent(0.0)(*off)[1] - tensor(0.4025).cos()) > 1
+    with pytest.raises(InputError, match=r"difference=0.5 must lie in \[0, 0.5\)"):
+        Tangent(0.5)

@@ -18,7 +18,7 @@ class IMF(MeanFlow):
     then tells it nothing of the target, and its error has less variance.
 
     equal: share of the rows with s = t, published 0.5. c: published 0.01. mean, std, end_mean, end_std, jump, power,
-    velocity, forward: as in `meanflow`.
+    velocity, difference: as in `meanflow`.
     Ours: v is the guided teacher's; published is training from data, with v + (1 - 1 / w) (the student's velocity under
     the class - under none), of a network that reads w and the interval in which it is guided, and whose own velocity
     may have a head of its own. Published settings: Adam 1e-4 with betas 0.9 and 0.95, batch 1024.
@@ -39,9 +39,9 @@ class IMF(MeanFlow):
         power: float = 1.0,
         c: float = 0.01,
         velocity: str = "teacher",
-        forward: bool = True,
+        difference: float = 0.0,
     ):
-        super().__init__(parts, mean, std, end_mean, end_std, equal, jump, power, c, velocity, forward)
+        super().__init__(parts, mean, std, end_mean, end_std, equal, jump, power, c, velocity, difference)
 
     def losses(self, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> dict[str, Tensor]:
         own = self.average(x, t, t, cond)

@@ -24,7 +24,7 @@ class SanaSprint(SCM):
     its level is the first, published 0.5. gan_mean, gan_std: of the noise its samples are judged at, published -0.6 and
     1. loss: of the GAN, published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance
     there is none. ramp: rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
-    sigma_data, norm, velocity, weight, forward: as in `scm`.
+    sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that the network that is kept is that of
     the run's; the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read on
     the path of angles without loss. Published: no images paired with wrong captions (an option),
@@ -47,7 +47,7 @@ class SanaSprint(SCM):
         norm: float = 0.1,
         velocity: str = "teacher",
         weight: str = "learned",
-        forward: bool = True,
+        difference: float = 0.0,
         gan: float = 0.5,
         top: float = 0.5,
         gan_mean: float = -0.6,
@@ -55,7 +55,7 @@ class SanaSprint(SCM):
         loss: str = "hinge",
         spread: float = 0.5,
     ):
-        super().__init__(parts, mean, std, sigma_data, ramp, norm, velocity, weight, forward)
+        super().__init__(parts, mean, std, sigma_data, ramp, norm, velocity, weight, difference)
         self.student, self.heads = TwoTimes(parts.student, parts.shape, parts.null), parts.heads()
         self.gan, self.top, self.gan_level, self.kind = gan, top, (gan_mean, gan_std), terms.checked_gan(loss)
         self.scale, self.spread = parts.guidance_scale, spread if parts.guidance_scale != 1 else 0.0

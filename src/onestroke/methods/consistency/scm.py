@@ -48,7 +48,8 @@ class SCM(Method):
     velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT): cos(tau) z - sin(tau)
     x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned", "tan" without what is
     learned, or "one": with it, mean=-0.8, std=1.6 and guidance_scale 5 this is the forward half of rCM (arXiv
-    2510.08431), whose warm-up is another. forward: derivatives in forward mode, or by differences, two more calls.
+    2510.08431), whose warm-up is another. difference: 0, derivatives in forward mode; or the step in unit time of
+    central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
     angle alone. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
     """
@@ -70,7 +71,7 @@ class SCM(Method):
         norm: float = 0.1,
         velocity: str = "teacher",
         weight: str = "learned",
-        forward: bool = True,
+        difference: float = 0.0,
     ):
         super().__init__(parts)
         if velocity not in ("teacher", "data"):
@@ -82,7 +83,7 @@ class SCM(Method):
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
-        self.velocity, self.scheme, self.tangent = velocity, weight, Tangent(forward)
+        self.velocity, self.scheme, self.tangent = velocity, weight, Tangent(difference)
 
     def speed(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
