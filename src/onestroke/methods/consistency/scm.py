@@ -19,15 +19,17 @@ RADIAN = 2 / math.pi
 
 
 class LogVariance(nn.Module):
-    """(B,): the logarithm of the loss at each level of noise, for the adaptive weight; zero at the start.
+    """(B,): the logarithm of the loss at each level of noise, for the adaptive weight.
 
-    A cosine series of the angle atan2(b, a). `like`: a network, of whose type it is.
+    A cosine series of the angle atan2(b, a). `like`: a network, of whose type it is. `elements`: of a sample; at the
+    start the loss is taken for that of a change of norm one, their mean square 1 / elements.
     """
 
-    def __init__(self, like: nn.Module):
+    def __init__(self, like: nn.Module, elements: int):
         super().__init__()
         p = next(p for p in like.parameters() if p.is_floating_point())
         self.series = nn.Parameter(torch.zeros(8, dtype=p.dtype, device=p.device))
+        nn.init.constant_(self.series[:1], -math.log(elements))
 
     def forward(self, path: Path, t: Tensor) -> Tensor:
         waves = 2 * torch.atan2(*path.ab(t)[::-1])[:, None] * torch.arange(8, device=t.device)
@@ -51,7 +53,7 @@ class SCM(Method):
     2510.08431), whose warm-up is another. difference: 0, derivatives in forward mode; or the step in unit time of
     central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
-    angle alone. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
+    angle alone and begins near its rest, so that in short runs other terms do not outweigh this one. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
     """
 
     players: tuple[str, ...] = ("student", "weight")
@@ -79,7 +81,7 @@ class SCM(Method):
         if weight not in ("learned", "tan", "one"):
             raise unknown("weight", weight, ("learned", "tan", "one"))
         self.student: nn.Module = parts.student
-        self.teacher, self.weight = parts.teacher, LogVariance(parts.student)
+        self.teacher, self.weight = parts.teacher, LogVariance(parts.student, math.prod(parts.shape))
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
