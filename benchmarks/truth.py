@@ -32,10 +32,11 @@ not what it does with the paper's settings.
   **start**: of the fitted network's one call, before distilling.
 - **ratio**: sliced-W2 over the floor. It passes up to **limit**: 5, and 12 for eps prediction on VP, whose conversion
   to x0 at the noise end amplifies errors 15-fold; one less for the methods that learn trajectories.
+- **gain**: start over sliced-W2. It passes from 5, where the limit is 5.
 - **worst mode**: the smallest part of the samples at a mode, over that mode's true weight. It passes from 0.5.
 
-| method | case | sliced-W2 | floor | ratio | limit | start | worst mode | rounds | seconds | passes | measured |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| method | case | sliced-W2 | floor | ratio | limit | start | gain | worst mode | rounds | seconds | passes | measured |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -51,7 +52,8 @@ def line(row: dict[str, Any], machines: list[str]) -> str:
     ratio, verdict = row["sliced_w2"] / row["floor"], "yes" if row["passes"] else "**no**"
     return (
         f"| {row['method']} | {row['case']} | {row['sliced_w2']:.4f} | {row['floor']:.4f} | {ratio:.2f} "
-        f"| {limit(row['method'], row['case']):g} | {row['start']:.4f} | {row['worst_mode']:.2f} | {row['rounds']} "
+        f"| {limit(row['method'], row['case']):g} | {row['start']:.4f} "
+        f"| {row['start'] / row['sliced_w2']:.2f} | {row['worst_mode']:.2f} | {row['rounds']} "
         f"| {row['seconds']} | {verdict} | {row['date']} ({machines.index(row['on']) + 1}) |"
     )
 

@@ -148,7 +148,8 @@ class Convergence:
 
     def passes(self, method: str, case: str) -> bool:
         """Within the limit of the method on one of CASES, with no mode under half its weight."""
-        return self.sliced_w2 <= limit(method, case) * self.floor and self.worst_mode >= 0.5
+        near = self.sliced_w2 <= min(limit(method, case) * self.floor, self.start / gain(method, case))
+        return near and self.worst_mode >= 0.5
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -319,7 +320,16 @@ CASES: dict[str, Case] = {
 
 def limit(method: str, case: str) -> float:
     """The largest sliced-W2 over the floor with which a method passes: one less than the case's for a trajectory."""
-    return CASES[case].limit - (METHODS[method].split(".")[-2] in ("consistency", "flow", "guidance"))
+    return CASES[case].limit - _learns_trajectories(method)
+
+
+def gain(method: str, case: str) -> float:
+    """How many times nearer than the start a method must come to pass: 5; 1 for a trajectory and where limits are wide."""
+    return 1 if _learns_trajectories(method) or CASES[case].limit > 5 else 5
+
+
+def _learns_trajectories(method: str) -> bool:
+    return METHODS[method].split(".")[-2] in ("consistency", "flow", "guidance")
 
 
 def check(method: str, case: str, seconds: float = 90, seed: int = 0) -> Convergence:

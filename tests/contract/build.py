@@ -39,10 +39,12 @@ PHASES: dict[str, dict[str, Any]] = {
     "speedupnet": {"guide_steps": 1},
 }
 """Options of methods in phases with which four rounds play all of them."""
+FAST = {"student": 1e-3, "fake": 1e-3}
 SHORT: dict[str, dict[str, Any]] = {
     "agd": {"points": 4, "student_steps": 8},
     "boss": {"fine": 10},
     "ct": {"growth": 0},
+    "disback": {"lr": FAST},
     "ect": {"stage_steps": 0},
     "guided-distillation": {"guide_steps": 20, "start": 16, "stage_steps": 30},
     "hyper-sd": {"grid": 16, "keep": 0.5, "stage_steps": 0},
@@ -51,17 +53,22 @@ SHORT: dict[str, dict[str, Any]] = {
     "lcm": {"grid": 50},
     "mlcm": {"keep": 0.5, "stage_steps": 0},
     "pcm": {"grid": 12, "keep": 0.5},
+    "pg-sb": {"lr": FAST},
     "progressive": {"start": 16, "stage_steps": 0},
     "sana-sprint": {"ramp": 50},
     "scm": {"ramp": 50},
     "scott": {"grid": 50},
+    "sign": {"lr": FAST},
     "slam": {"grid": 50},
     "slimflow": {"anneal": 0, "straighten": 0},
     "speedupnet": {"hops": 1},
+    "swiftbrush": {"lr": FAST},
+    "swiftbrush-v2": {"lr": FAST},
     "tcd": {"grid": 12, "keep": 0.5},
+    "vsd": {"lr": FAST},
 }
-"""Options of methods in phases, or of long chains of steps, for a run whose rounds are known and few: recipes/exact is
-for one that ends by the clock."""
+"""Options of methods in phases, or of long chains of steps, and rates, for a run whose rounds are known and few:
+recipes/exact is for one that ends by the clock."""
 
 
 class WideData(Data):
