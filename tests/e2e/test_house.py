@@ -232,6 +232,16 @@ def test_the_method_page_is_up_to_date():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_contributing_maps_the_source_tree():
+    (block,) = re.findall(
+        r"^In `src/onestroke`.*?\n\n((?:    .*\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    named = [word for line in block.splitlines() for word in line.strip().split("  ")[0].split()]
+    folder = ROOT / "src" / "onestroke"
+    found = [p.name + "/" if p.is_dir() else p.stem for p in folder.iterdir() if p.is_dir() or p.suffix == ".py"]
+    assert sorted(named) == sorted(set(found) - {"__init__", "__pycache__/"})
+
+
 def test_contributing_prints_the_rules_of_the_method_class():
     rules = re.findall(r"\((\d)\) (.*?)(?=\s*\(\d\)|\Z)", re.sub(r"\s+", " ", Method.__doc__ or ""))
     printed = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text()).replace("`", "")

@@ -12,7 +12,7 @@ from contract.build import build, data, settings_of, snapshot
 from contract.test_methods import same
 from onestroke.errors import InputError
 from onestroke.methods.consistency.hyper_sd import HyperSD
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth import segment_checks as checks
 from truth.adversarial_checks import C, W
 from truth.checks import close, make_path
