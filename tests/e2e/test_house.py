@@ -25,6 +25,7 @@ from onestroke.settings import resolve
 from onestroke.teachers import GaussianMixture, built_in
 
 ROOT = Path(__file__).parents[2]
+METHOD_FILES = sorted((ROOT / "src" / "onestroke" / "methods").glob("*/*.py"))
 PUBLIC = [
     "DivergedError",
     "ExportError",
@@ -248,6 +249,23 @@ def test_contributing_prints_the_rules_of_the_method_class():
     assert [number for number, _ in rules] == list("1234567")
     for number, rule in rules:
         assert f"{number}. {rule}".replace("`", "") in printed
+
+
+def own_lines(source: str) -> int:
+    """Lines of code, without blank lines, comments, docstrings and imports."""
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if text or isinstance(node, ast.Import | ast.ImportFrom):
+            skipped |= set(range(node.lineno, node.end_lineno + 1))
+    lines = ((number, line.strip()) for number, line in enumerate(source.splitlines(), 1))
+    return sum(bool(line) and not line.startswith("#") and number not in skipped for number, line in lines)
+
+
+def test_a_method_is_one_short_file():
+    long = {p.stem: n for p in METHOD_FILES if (n := own_lines(p.read_text(encoding="utf-8"))) > 80}
+    assert len(METHOD_FILES) > 50
+    assert long == {}
 
 
 @pytest.fixture
