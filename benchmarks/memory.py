@@ -52,7 +52,7 @@ def rounds(teacher: str, method: str, settings: dict[str, Any]) -> None:
     """Two real rounds."""
     from onestroke.run import parts_of
     from onestroke.teachers import load_teacher
-    from onestroke.train import Data, Trainer
+    from onestroke.training.train import Data, Trainer
 
     _, run, chosen = plan_run(teacher, method, ["prompt"], settings)
     loaded = load_teacher(teacher)

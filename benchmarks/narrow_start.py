@@ -25,7 +25,7 @@ from onestroke.run import recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 from onestroke.truth import DEFAULTS, SAMPLES, fit, ring, sliced_w2
 
 PAGE = Path("docs/narrow_start.md")

@@ -23,13 +23,13 @@ from onestroke.denoiser import plain_attention
 from onestroke.method import Parts
 from onestroke.methods import get_method, options
 from onestroke.paths import Cond, Table
-from onestroke.roles import make_role
 from onestroke.run import read_prompts, recipe_defaults
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers import BUILT_IN, built_in, load_teacher
 from onestroke.teachers.pipeline import UNetDenoiser, table_of
-from onestroke.train import Data, Trainer
+from onestroke.training.roles import make_role
+from onestroke.training.train import Data, Trainer
 
 TEACHER, METHOD = "emoji64", "swiftbrush"
 LEAST: dict[str, Any] = {"batch_size": 24}

@@ -20,7 +20,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from onestroke.student import Student
+from onestroke.students.student import Student
 from onestroke.teachers import BUILT_IN
 from onestroke.teachers.pipeline import PipelineTeacher
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onestroke.errors import DivergedError, ExportError, InputError, OnestrokeError
-    from onestroke.exports import export
-    from onestroke.lora import check_lora
-    from onestroke.merging import merge
-    from onestroke.nasa import negative_prompt
     from onestroke.run import distill
-    from onestroke.student import load_student
+    from onestroke.students.exports import export
+    from onestroke.students.lora import check_lora
+    from onestroke.students.merging import merge
+    from onestroke.students.student import load_student
     from onestroke.teachers import load_teacher
+    from onestroke.teachers.nasa import negative_prompt
 
 __version__ = metadata.version("onestroke")
 
@@ -23,13 +23,13 @@ _HOMES = {
     "ExportError": "errors",
     "InputError": "errors",
     "OnestrokeError": "errors",
-    "check_lora": "lora",
+    "check_lora": "students.lora",
     "distill": "run",
-    "export": "exports",
-    "load_student": "student",
+    "export": "students.exports",
+    "load_student": "students.student",
     "load_teacher": "teachers",
-    "merge": "merging",
-    "negative_prompt": "nasa",
+    "merge": "students.merging",
+    "negative_prompt": "teachers.nasa",
 }
 _MODULES = {"methods", "paths", "teachers", "truth"}
 

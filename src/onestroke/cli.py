@@ -129,7 +129,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="PNG file; one row per prompt.")] = Path("samples.png"),
 ):
     """Draw pictures with a student or a teacher."""
-    from onestroke.sample import sample as run
+    from onestroke.students.sample import sample as run
 
     run(
         model,
@@ -163,7 +163,7 @@ def check_lora(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
     """Measure how much of what a LoRA does on the teacher it does on a student."""
-    from onestroke.lora import check_lora as run
+    from onestroke.students.lora import check_lora as run
 
     if out is not None and out.exists():
         raise InputError(f"{out} exists; choose another --out.")
@@ -193,7 +193,7 @@ def export(
     base: Annotated[str | None, typer.Option(help="Of lora: the teacher, if not where it was.")] = None,
 ):
     """Write a student as a pipeline, as LoRA weights for its teacher or as ONNX, and compare what that draws."""
-    from onestroke.exports import export as run
+    from onestroke.students.exports import export as run
 
     run(model, to=to, out=out, dtype=dtype, rank=rank, base=base)
     print(f"{to}: {out}")
@@ -208,7 +208,7 @@ def merge(
     ] = None,
 ):
     """Write the weighted mean of the weights of students of one teacher as a student."""
-    from onestroke.merging import merge as run
+    from onestroke.students.merging import merge as run
 
     run(students, weight, out=out)
     print(f"student: {out}")

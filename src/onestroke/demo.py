@@ -14,9 +14,9 @@ from torch import Tensor
 
 from onestroke import metrics
 from onestroke.errors import InputError
-from onestroke.model_card import write_card
 from onestroke.run import distill, read_prompts
-from onestroke.student import SeededNoise, Student, to_pil
+from onestroke.students.model_card import write_card
+from onestroke.students.student import SeededNoise, Student, to_pil
 from onestroke.teachers import BUILT_IN, load_teacher
 from onestroke.teachers.pipeline import PipelineTeacher
 

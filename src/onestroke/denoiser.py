@@ -197,8 +197,8 @@ PREFIX, SCALE = "negative.", "nasa_scale"
 
 def negated(cond: Cond, negative: Cond, scale: float | None) -> Cond:
     """`cond` (B, ...) away from `negative`, (1, ...) or (B, ...): the denoiser of a pipeline reads both (see
-    `onestroke.nasa`). Of the negative condition only the text and its mask are read; a scale of 0 is `cond` itself, and
-    None that of the denoiser's branch."""
+    `onestroke.teachers.nasa`). Of the negative condition only the text and its mask are read; a scale of 0 is `cond`
+    itself, and None that of the denoiser's branch."""
     if scale == 0:
         return cond
     like = next(iter(cond.values()))

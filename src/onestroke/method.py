@@ -182,6 +182,8 @@ class Method(nn.Module, ABC):
     """Attributes that follow the student without training (see `follow`); they are saved and resumed."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of NEEDS, with the default options; empty: prompts alone."""
+    needs_if: ClassVar[Mapping[str, str]] = {}
+    """Of NEEDS, by the option: what is needed unless that option is 0, and only then."""
     paper: ClassVar[str]
     """Title and arXiv id."""
     passes: ClassVar[Mapping[str, int]]
@@ -201,7 +203,8 @@ class Method(nn.Module, ABC):
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
         """What a run with these options, all of them, needs. Raises InputError where they contradict each other."""
-        return cls.needs
+        asked = {need for option, need in cls.needs_if.items() if options[option]}
+        return cls.needs - set(cls.needs_if.values()) | asked
 
     @abstractmethod
     def step(self, batch: Batch, step: int) -> Game:

@@ -17,9 +17,9 @@ from torch import Tensor
 from onestroke.errors import InputError, read_json
 from onestroke.method import Pairs, Parts
 from onestroke.paths import Cond
-from onestroke.progress import Progress
 from onestroke.settings import Settings
 from onestroke.solvers import solve
+from onestroke.training.progress import Progress
 
 INDEX = "pairs.json"
 SHARD = 1024

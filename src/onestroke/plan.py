@@ -27,12 +27,12 @@ from onestroke.draws import Draws
 from onestroke.errors import InputError, read_json, unknown
 from onestroke.method import Batch, Method, play
 from onestroke.methods import get_method
-from onestroke.optim import state_8bit
 from onestroke.run import parts_of, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
 from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
-from onestroke.train import Data, Trainer, live
+from onestroke.training.optim import state_8bit
+from onestroke.training.train import Data, Trainer, live
 
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

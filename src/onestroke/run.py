@@ -18,11 +18,11 @@ from onestroke.denoiser import no_halves
 from onestroke.errors import InputError, read_json, read_text
 from onestroke.images import Pictures, encoded, read_images
 from onestroke.methods import get_method, options
-from onestroke.optim import check_optimizer
 from onestroke.pairs import about_pairs, check_pairs, make_pairs
 from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
 from onestroke.teachers import locate
+from onestroke.training.optim import check_optimizer
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -169,8 +169,8 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
 def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None, cond: Any = None) -> Any:
     """What methods are built from, for a loaded teacher: Parts."""
     from onestroke.method import Parts
-    from onestroke.roles import make_role
     from onestroke.sampling import FewStep
+    from onestroke.training.roles import make_role
 
     few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
 
@@ -237,7 +237,7 @@ def distill(
         inspect_folder(source)
         check_network(source, needs)
         if "steering" in needs:
-            from onestroke.nasa import check_steerable
+            from onestroke.teachers.nasa import check_steerable
 
             check_steerable(hollow_network(source))
     if "reward" in needs:
@@ -247,12 +247,12 @@ def distill(
     check_folder(out, recipe, resume)
 
     from onestroke.denoiser import plain
-    from onestroke.model_card import licence_of, write_card
-    from onestroke.parity import check_pipeline, open_plain
     from onestroke.rewards import KEY, load_reward
-    from onestroke.student import load_student, save_student
+    from onestroke.students.model_card import licence_of, write_card
+    from onestroke.students.parity import check_pipeline, open_plain
+    from onestroke.students.student import load_student, save_student
     from onestroke.teachers import load_teacher
-    from onestroke.train import Data, Trainer
+    from onestroke.training.train import Data, Trainer
 
     torch.manual_seed(run.seed)
     if not hasattr(teacher, "net"):

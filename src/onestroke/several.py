@@ -21,7 +21,7 @@ from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.run import Recipe
 from onestroke.settings import Settings
-from onestroke.student import CARD, ROUTER, Student, load_student
+from onestroke.students.student import CARD, ROUTER, Student, load_student
 from onestroke.teachers.pipeline import PipelineTeacher
 
 

@@ -151,6 +151,19 @@ def gap_weight(x: Tensor, real: Tensor) -> Tensor:
     return (x - real).detach().abs().flatten(1).mean(1).clamp_min(1e-5).reciprocal()
 
 
+@torch.no_grad()
+def matching(
+    teacher: nn.Module, fake: nn.Module, path: Path, x: Tensor, cond: Cond, t: Tensor, draw: Draws
+) -> tuple[Tensor, Estimate]:
+    """(D_fake - D_teacher) / mean |x - D_teacher| of samples x (B, *D) noised to t (B,), and what the fake says there.
+
+    What x descends so that its law becomes the teacher's (DMD2, arXiv 2405.14867).
+    """
+    xt = path.mix(x, draw.normal(x), t)
+    real, est = teacher(xt, t, cond).x0, fake(xt, t, cond)
+    return like(gap_weight(x, real), x) * (est.x0 - real), est
+
+
 def sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float | Tensor, weight: Tensor) -> Tensor:
     """(D_p - D_psi) . ((D_p - x) - alpha (D_p - D_psi)), summed over D, weighted (B,), mean over B.
 

@@ -23,7 +23,7 @@ from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
 from onestroke.solvers import solve
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 
 SAMPLES = 20_000
 DEFAULTS: dict[str, Any] = {

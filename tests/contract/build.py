@@ -14,12 +14,12 @@ from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Pairs, Parts
 from onestroke.methods import get_method, options
 from onestroke.paths import Cond
-from onestroke.roles import make_role
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
 from onestroke.solvers import solve
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.train import Data, Trainer
+from onestroke.training.roles import make_role
+from onestroke.training.train import Data, Trainer
 from onestroke.truth import Net
 from truth.checks import make_path
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from contract.build import snapshot, state, trained
 from contract.test_methods import same
 from onestroke.methods import METHODS
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth.checks import turns_of
 
 LORA = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "body.0", "leave"]}

@@ -32,7 +32,7 @@ from onestroke.methods import METHODS, describe, get_method, options
 from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from onestroke.truth import converge, fit, inside, ring
 from truth.checks import turns_of
 

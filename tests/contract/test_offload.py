@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from contract.build import PHASES, build, data, settings_of, snapshot, trained
 from onestroke.errors import InputError
 from onestroke.methods import METHODS
-from onestroke.offload import Offload
-from onestroke.train import Trainer
+from onestroke.training.offload import Offload
+from onestroke.training.train import Trainer
 
 LORA = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "leave"], "accumulate": 2}
 

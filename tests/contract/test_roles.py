@@ -8,10 +8,10 @@ import torch
 from contract.build import small_net
 from onestroke.errors import InputError
 from onestroke.paths import VP
-from onestroke.roles import make_role, merged
 from onestroke.settings import Settings
 from onestroke.teachers.pipeline import PipelineTeacher
-from onestroke.train import Average, gathered, learned, live, shell
+from onestroke.training.roles import make_role, merged
+from onestroke.training.train import Average, gathered, learned, live, shell
 
 LORA = Settings(lora_rank={"fake": 4}, lora_alpha={"fake": 6}, lora_targets=["to_q", "to_v"])
 

@@ -17,7 +17,7 @@ from onestroke.errors import InputError
 from onestroke.method import Pairs, Parts, play
 from onestroke.methods import METHODS, get_method
 from onestroke.sampling import FewStep
-from onestroke.train import Data
+from onestroke.training.train import Data
 
 PROMPTS = ["a red square", "rain"]
 

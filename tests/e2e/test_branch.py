@@ -16,19 +16,19 @@ from conftest import PROMPTS
 from contract.build import settings_of
 from e2e.test_control import control_of, gap
 from e2e.test_nasa import OneLayer, heads, joined, told, weights
-from onestroke import branch as source
-from onestroke.branch import BRANCH, branched, cross_attentions, read_branch, save_branch
 from onestroke.denoiser import PREFIX, SCALE, negated
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.methods.guidance.speedupnet import SpeedUpNet
-from onestroke.nasa import negative_prompt, steered
-from onestroke.parity import open_plain
 from onestroke.run import parts_of
-from onestroke.student import load_student, save_student
+from onestroke.students.parity import open_plain
+from onestroke.students.student import load_student, save_student
+from onestroke.teachers import branch as source
+from onestroke.teachers.branch import BRANCH, branched, cross_attentions, read_branch, save_branch
 from onestroke.teachers.calls import Call
+from onestroke.teachers.nasa import negative_prompt, steered
 from onestroke.teachers.pipeline import PipelineTeacher
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 from truth.checks import turns_of
 from truth.test_mutants import broken
 
@@ -93,7 +93,7 @@ def test_it_is_its_formula():
 )
 def test_the_check_fails_on_the_mutant(old, new):
     with pytest.raises(AssertionError):
-        is_its_formula(broken("onestroke.branch", old, new))
+        is_its_formula(broken("onestroke.teachers.branch", old, new))
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from PIL import Image
 from families import FAMILIES
 from onestroke.errors import InputError
 from onestroke.sampling import FewStep
-from onestroke.student import load_student, save_student
+from onestroke.students.student import load_student, save_student
 from onestroke.teachers.pipeline import PipelineTeacher
 
 PROMPTS = ["a red square", "rain"]

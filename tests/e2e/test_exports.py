@@ -18,14 +18,14 @@ import onestroke
 from conftest import PROMPTS, tiny_pipeline
 from e2e.test_cli import UNET, check_refused, digest
 from families import FAMILIES, pipeline_of
-from onestroke import exports, model_card
 from onestroke.denoiser import fused_attention, plain_attention
-from onestroke.exports import OnnxStudent, extract, with_adapters
-from onestroke.parity import by_diffusers, by_training_sampler, check_pipeline, gap, open_plain
-from onestroke.roles import adapters
 from onestroke.sampling import FewStep
-from onestroke.student import LORA_FILE, SeededNoise, load_student, save_student
+from onestroke.students import exports, model_card
+from onestroke.students.exports import OnnxStudent, extract, with_adapters
+from onestroke.students.parity import by_diffusers, by_training_sampler, check_pipeline, gap, open_plain
+from onestroke.students.student import LORA_FILE, SeededNoise, load_student, save_student
 from onestroke.teachers import BUILT_IN, load_teacher
+from onestroke.training.roles import adapters
 
 QUICK = dict(method="swiftbrush", batch_size=2, log_with="none", lr=1e-3)
 
@@ -390,7 +390,7 @@ def test_the_licence_of_a_teacher(tmp_path, pipeline_folder):
 def test_distill_fails_when_its_pipeline_draws_something_else(
     command, pipeline_folder, prompt_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("onestroke.student.merged", lambda net: load_teacher(pipeline_folder).net)
+    monkeypatch.setattr("onestroke.students.student.merged", lambda net: load_teacher(pipeline_folder).net)
     words = ["--prompts", prompt_file, "--steps", "2", "--batch-size", "2", "--set", "lr=0.1", "--set", "log_with=none"]
     said = command("distill", pipeline_folder, "--method", "swiftbrush", "--out", tmp_path / "run", *words)
     assert said.code == 2

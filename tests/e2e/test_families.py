@@ -15,7 +15,7 @@ from families import FAMILIES
 from onestroke.denoiser import Guided
 from onestroke.paths import Flow
 from onestroke.sampling import FewStep
-from onestroke.student import SeededNoise, Student, load_student, save_student
+from onestroke.students.student import SeededNoise, Student, load_student, save_student
 from onestroke.teachers.dit import block_names
 from onestroke.teachers.pipeline import PipelineTeacher
 

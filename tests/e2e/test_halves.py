@@ -15,14 +15,14 @@ import onestroke as library
 from conftest import PROMPTS, tiny_pipeline
 from onestroke.denoiser import plain_attention
 from onestroke.errors import InputError
-from onestroke.model_card import text_of
-from onestroke.parity import by_diffusers, by_training_sampler, gap, open_plain
-from onestroke.roles import make_role
-from onestroke.sample import sample
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
-from onestroke.student import SeededNoise
+from onestroke.students.model_card import text_of
+from onestroke.students.parity import by_diffusers, by_training_sampler, gap, open_plain
+from onestroke.students.sample import sample
+from onestroke.students.student import SeededNoise
 from onestroke.teachers.pipeline import PipelineTeacher, UNetDenoiser
+from onestroke.training.roles import make_role
 
 UNETS = ("sd15", "sd21", "sdxl")
 SMALL = {"method": "tiue", "steps": 2, "batch_size": 2, "log_with": "none", "lr": 1e-2, "ema": 0.0}

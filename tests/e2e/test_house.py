@@ -25,6 +25,7 @@ from onestroke.settings import resolve
 from onestroke.teachers import GaussianMixture, built_in
 
 ROOT = Path(__file__).parents[2]
+METHOD_FILES = sorted((ROOT / "src" / "onestroke" / "methods").glob("*/*.py"))
 PUBLIC = [
     "DivergedError",
     "ExportError",
@@ -232,12 +233,39 @@ def test_the_method_page_is_up_to_date():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_contributing_maps_the_source_tree():
+    (block,) = re.findall(
+        r"^In `src/onestroke`.*?\n\n((?:    .*\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    named = [word for line in block.splitlines() for word in line.strip().split("  ")[0].split()]
+    folder = ROOT / "src" / "onestroke"
+    found = [p.name + "/" if p.is_dir() else p.stem for p in folder.iterdir() if p.is_dir() or p.suffix == ".py"]
+    assert sorted(named) == sorted(set(found) - {"__init__", "__pycache__/"})
+
+
 def test_contributing_prints_the_rules_of_the_method_class():
     rules = re.findall(r"\((\d)\) (.*?)(?=\s*\(\d\)|\Z)", re.sub(r"\s+", " ", Method.__doc__ or ""))
     printed = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text()).replace("`", "")
     assert [number for number, _ in rules] == list("1234567")
     for number, rule in rules:
         assert f"{number}. {rule}".replace("`", "") in printed
+
+
+def own_lines(source: str) -> int:
+    """Lines of code, without blank lines, comments, docstrings and imports."""
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if text or isinstance(node, ast.Import | ast.ImportFrom):
+            skipped |= set(range(node.lineno, node.end_lineno + 1))
+    lines = ((number, line.strip()) for number, line in enumerate(source.splitlines(), 1))
+    return sum(bool(line) and not line.startswith("#") and number not in skipped for number, line in lines)
+
+
+def test_a_method_is_one_short_file():
+    long = {p.stem: n for p in METHOD_FILES if (n := own_lines(p.read_text(encoding="utf-8"))) > 80}
+    assert len(METHOD_FILES) > 50
+    assert long == {}
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import onestroke as library
 from families import FAMILIES
 from onestroke.errors import InputError
-from onestroke.lora import check_lora, check_lora_base, measures, put_lora
 from onestroke.sampling import FewStep
-from onestroke.student import LORA_FILE, load_student, save_lora, save_student
+from onestroke.students.lora import check_lora, check_lora_base, measures, put_lora
+from onestroke.students.student import LORA_FILE, load_student, save_lora, save_student
 from onestroke.teachers.pipeline import PipelineTeacher, hollow_network, network_of, shapes_in
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"

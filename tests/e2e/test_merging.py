@@ -12,7 +12,7 @@ from torch import nn
 
 import onestroke as library
 from onestroke.errors import InputError
-from onestroke.merging import blended
+from onestroke.students.merging import blended
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

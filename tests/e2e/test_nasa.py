@@ -12,11 +12,11 @@ from families import FAMILIES
 from onestroke import negative_prompt
 from onestroke.denoiser import PREFIX, SCALE, negated
 from onestroke.errors import InputError
-from onestroke.nasa import steered
 from onestroke.plan import goes
 from onestroke.sampling import FewStep
-from onestroke.student import SeededNoise, load_student, save_student
+from onestroke.students.student import SeededNoise, load_student, save_student
 from onestroke.teachers.calls import Call
+from onestroke.teachers.nasa import steered
 from onestroke.teachers.pipeline import PipelineTeacher
 
 STREAMS = ("lumina2", "z-image")  # text and picture in one

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from contract.build import data, snapshot, trained
-from onestroke import optim
 from onestroke.errors import InputError
 from onestroke.method import Pairs
-from onestroke.optim import begin, eight_bit, make_optimizer, state_8bit
-from onestroke.train import Data
+from onestroke.training import optim
+from onestroke.training.optim import begin, eight_bit, make_optimizer, state_8bit
+from onestroke.training.train import Data
 
 
 @pytest.fixture

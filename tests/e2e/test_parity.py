@@ -9,7 +9,7 @@ import torch
 
 from conftest import PROMPTS, tiny_pipeline
 from onestroke.sampling import FewStep
-from onestroke.student import Student, load_student, save_student
+from onestroke.students.student import Student, load_student, save_student
 from onestroke.teachers.pipeline import PipelineTeacher
 
 SEED = 40

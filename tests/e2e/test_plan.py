@@ -13,7 +13,7 @@ from onestroke.methods import get_method
 from onestroke.plan import HollowTrainer, Plan, hollow_teacher, parse_bytes, plan, played, switches, watched
 from onestroke.run import parts_of, plan_run
 from onestroke.teachers import load_teacher
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 
 SETTINGS = [
     {"batch_size": 8},

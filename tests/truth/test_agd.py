@@ -13,8 +13,8 @@ from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.guidance.agd import AGD
 from onestroke.paths import Estimate
-from onestroke.roles import make_role
 from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.training.roles import make_role
 from truth import pair_checks as checks
 from truth.checks import F64, Given, close, hand_ab, make_path, tensor
 from truth.pair_checks import PATHS, M, S, end_of

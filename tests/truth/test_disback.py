@@ -15,7 +15,7 @@ from onestroke.method import Batch, play
 from onestroke.methods import get_method
 from onestroke.methods.score.disback import DisBack
 from onestroke.paths import EDM, Estimate
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth import checks
 from truth.checks import F64, labels, tensor
 from truth.score_checks import MU, TAU, M, S

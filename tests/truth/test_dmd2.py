@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -193,10 +194,8 @@ def test_two_steps_are_nearer_to_the_truth_than_one():
 
 SOURCE = "onestroke.methods.distribution.dmd2"
 MUTANTS = [
-    ("terms.gap_weight(x, real)", "terms.gap_weight(x, fake.x0)", normaliser),
-    ("fake.x0 - real)", "real - fake.x0)", closed),
-    ("self.guide(self.teacher)(xt, t, batch.cond)", "self.teacher(xt, t, batch.cond)", normaliser),
-    ("self.fake(xt, t, batch.cond)", "self.guide(self.fake)(xt, t, batch.cond)", normaliser),
+    ("teacher = self.guide(self.teacher)", "teacher = self.teacher", normaliser),
+    ("matching(teacher, self.fake", "matching(teacher, self.guide(self.fake)", normaliser),
     ("terms.gan_student(self.logits(x, batch))", "terms.gan_student(-self.logits(x, batch))", student_gan),
     ("self.gan_weight * terms", "terms", student_gan),
     ("with frozen(self.fake)", "with frozen(self.teacher)", student_gan),
@@ -217,3 +216,17 @@ def test_the_check_fails_on_the_mutant(old, new, check):
     check(broken(SOURCE, old, old).DMD2)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         check(broken(SOURCE, old, new).DMD2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        ("like(gap_weight(x, real), x) * (est", "like(gap_weight(x, est.x0), x) * (est", normaliser),
+        ("* (est.x0 - real), est", "* (real - est.x0), est", closed),
+    ],
+)
+def test_the_check_fails_on_the_mutant_of_the_term(old, new, check):
+    with mock.patch(f"{SOURCE}.terms", broken("onestroke.terms", old, old)):
+        check(DMD2)
+    with mock.patch(f"{SOURCE}.terms", broken("onestroke.terms", old, new)), pytest.raises(AssertionError):
+        check(DMD2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onestroke.draws import Draws
-from onestroke.train import Data
+from onestroke.training.train import Data
 from truth import checks
 
 

@@ -22,7 +22,7 @@ from onestroke.sampling import FewStep
 from onestroke.settings import Settings
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.terms import TIME_WEIGHTS
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 from truth import score_checks as checks
 from truth.checks import F64, close, hand_ab, labels, make_path, tensor
 from truth.test_mutants import broken

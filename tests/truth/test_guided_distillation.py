@@ -11,7 +11,7 @@ from contract.build import data, settings_of, state
 from onestroke.methods.guidance.guided_distillation import GuidedDistillation
 from onestroke.paths import Estimate
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth import pair_checks as checks
 from truth.checks import T, close, hand_ab, make_path, tensor
 from truth.pair_checks import PATHS, M, S, Shifted

@@ -12,7 +12,7 @@ from contract.build import build, data, settings_of, snapshot
 from contract.test_methods import same
 from onestroke.errors import InputError
 from onestroke.methods.consistency.hyper_sd import HyperSD
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth import segment_checks as checks
 from truth.adversarial_checks import C, W
 from truth.checks import close, make_path
@@ -267,13 +267,14 @@ MUTANTS = [
     ("jump(self.slow", "jump(self.student", regressed),
     ("low.lerp(s, draw", "low.lerp(t, draw", regressed),
     ("step // self.stage_steps", "0 * step", regressed),
-    ("near = (1 - far)", "near = (1 + far)", regressed),
+    ("((1 - far)", "((1 + far)", regressed),
     ("* (t - end) / (high - low)", "* (t - end) / high", regressed),
     ("xt, t, s, cond)\n", "xt, t, end, cond)\n", regressed),
     ("self.guide(self.teacher), path", "self.teacher, path", scaled),
-    ("self.guide(self.teacher)(xt", "self.teacher(xt", scaled),
-    ("* (fake - real)", "* (real - fake)", scored),
-    ("gap_weight(x, real)", "gap_weight(x, fake)", scored),
+    ("matching(self.guide(self.teacher)", "matching(self.teacher", scaled),
+    ("descend(x, slope)", "descend(x, -slope)", scored),
+    ("self.fake, path, x, cond", "self.slow, path, x, cond", scored),
+    ("(draw, path, self.lo, self.hi)", "(draw, path)", scored),
     ("(score_from, parts", "(0.0, parts", scored),
     ("and segments == 1", "and segments <= 2", scored),
     ('loss["dm"] = self.score_weight *', 'loss["dm"] =', scored),
@@ -284,7 +285,7 @@ MUTANTS = [
     ("self.reward(est.x0", "self.reward(xt", rewarded),
     ("end.lerp(t, draw", "end.lerp(high, draw", judged),
     ("path.diffuse(here, end", "path.diffuse(here, low", judged),
-    ("(far.to(here) *", "(self.gan_weight *", judged),
+    ("self.loss, weight=far)", "self.loss)", judged),
     ("path.mix(batch.x0, draw.normal(here), u)", "path.mix(here.detach(), draw.normal(here), u)", judged),
     ("path.diffuse(here.detach()", "path.diffuse(here", judged),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from onestroke.heads import Head, Pool
 from onestroke.method import Parts
 from onestroke.methods.adversarial import nitrofusion
 from onestroke.methods.adversarial.nitrofusion import NitroFusion
-from onestroke.train import Trainer
+from onestroke.training.train import Trainer
 from truth import adversarial_checks as checks
 from truth.checks import T, hand_ab, make_path
 from truth.test_mutants import broken

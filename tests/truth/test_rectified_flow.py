@@ -113,7 +113,7 @@ def test_the_check_fails_on_the_mutant(module, old, new, check):
 
 def test_pairs_of_another_length_share_conditions():
     """Pair i is of condition i modulo their number."""
-    from onestroke.train import Data
+    from onestroke.training.train import Data
 
     z = torch.arange(10.0)[:, None]
     data = Data((1,), {"label": torch.arange(4)}, pairs=Pairs(z, -z))

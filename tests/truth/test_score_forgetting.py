@@ -18,7 +18,7 @@ from onestroke.methods.score.sid_lsg import SiDLSG
 from onestroke.paths import EDM, Estimate
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
-from onestroke.train import Data, Trainer
+from onestroke.training.train import Data, Trainer
 from truth import score_checks as checks
 from truth.checks import F64, Given, T, close, hand_ab, labels, make_path, tensor
 from truth.test_mutants import broken

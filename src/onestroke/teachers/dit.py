@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from onestroke.branch import Branch
 from onestroke.denoiser import Denoiser, plain_attention, tapped
-from onestroke.nasa import steered
 from onestroke.paths import Flow, Prediction, Table
+from onestroke.teachers.branch import Branch
 from onestroke.teachers.calls import Call, clock
+from onestroke.teachers.nasa import steered
 
 TAPS = 4
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onestroke.branch import Branch
 from onestroke.denoiser import SCALE, Halves, plain_attention, tapped
 from onestroke.errors import InputError
-from onestroke.nasa import steered
 from onestroke.paths import Cond, Flow, Prediction, Table
+from onestroke.teachers.branch import Branch
 from onestroke.teachers.calls import Call, clock
+from onestroke.teachers.nasa import steered
 
 
 class UNetDenoiser(Halves):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,6 +42,7 @@ class CTM(Method):
     players: tuple[str, ...] = ("student", "heads")
     targets = ("slow",)
     needs = frozenset({"x0", "features"})
+    needs_if = {"gan_weight": "features"}
     paper = "CTM, arXiv 2310.02279"
     passes = {"student": 3, "slow": 2, "teacher": 15}
     max_steps = 8
@@ -78,10 +76,6 @@ class CTM(Method):
             self.heads = parts.heads()
         else:
             self.players = ("student",)
-
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return cls.needs if options["gan_weight"] else frozenset({"x0"})
 
     def at_data(self, x: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """Where the average sends states x (B, *D) at s (B,); gradient flows through."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from onestroke import terms, times
-from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts, Turn, frozen
-from onestroke.paths import Cond, like
+from onestroke.paths import Cond
 from onestroke.solvers import euler, jump
 
 
@@ -43,6 +39,7 @@ class HyperSD(Method):
     players: tuple[str, ...] = ("student", "heads", "fake")
     targets = ("slow",)
     needs = frozenset({"x0", "features"})
+    needs_if = {"gan_weight": "features", "reward_weight": "reward"}
     paper = "Hyper-SD, arXiv 2404.13686"
     passes = {"student": 1, "slow": 1, "teacher": 5}
     max_steps = 8
@@ -80,22 +77,9 @@ class HyperSD(Method):
         if score_weight:
             self.fake, self.players = parts.copy("fake"), (*self.players, "fake")
 
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        adversary, feedback = options["gan_weight"], options["reward_weight"]
-        return frozenset({"x0"} | ({"features"} if adversary else set()) | ({"reward"} if feedback else set()))
-
     def judge(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The heads' logits (B, N) of states x (B, *D) at t."""
         return self.heads(self.teacher(x, t, cond).features)
-
-    def matching(self, x: Tensor, cond: Cond, draw: Draws) -> Tensor:
-        """What samples x (B, *D) descend so that their law becomes the teacher's."""
-        t = times.uniform(draw, self.path, self.lo, self.hi)
-        xt = self.path.mix(x, draw.normal(x), t)
-        with torch.no_grad():
-            real, fake = self.guide(self.teacher)(xt, t, cond).x0, self.fake(xt, t, cond).x0
-        return terms.descend(x, like(terms.gap_weight(x, real), x) * (fake - real))
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
@@ -110,21 +94,22 @@ class HyperSD(Method):
             there = jump(self.slow, path, xs, s, end, cond)
         est = self.student(xt, t, cond)
         here, far = path.mix(est.x0, est.eps, end), self.gan_weight * (t - end) / (high - low)
-        near = (1 - far).to(here) * terms.apart(here, there, path, end)
-        loss = {"consistency": near.mean()}
+        loss = {"consistency": ((1 - far).to(here) * terms.apart(here, there, path, end)).mean()}
         if self.reward_weight:
             assert self.reward is not None
             loss["reward"] = -self.reward_weight * self.reward(est.x0, cond).mean()
         if scored := bool(self.score_weight) and segments == 1:
             t1 = times.uniform(draw, path, *self.noisy)
             x = self.student(path.mix(batch.x0, draw.normal(here), t1), t1, cond).x0
-            loss["dm"] = self.score_weight * self.matching(x, cond, draw)
+            t2 = times.uniform(draw, path, self.lo, self.hi)
+            slope, _ = terms.matching(self.guide(self.teacher), self.fake, path, x, cond, t2, draw)
+            loss["dm"] = self.score_weight * terms.descend(x, slope)
 
         if self.gan_weight:
             u = path.snap(end.lerp(t, draw.uniform())).clamp_min(path.t_min)
             with frozen(self.teacher, self.heads):
                 logits = self.judge(path.diffuse(here, end, draw.normal(here), u), u, cond)
-                loss["gan"] = (far.to(here) * terms.GAN_LOSSES[self.loss][1](logits).mean(1)).mean()
+                loss["gan"] = terms.gan_student(logits, self.loss, weight=far)
                 yield Turn("student", loss, follow={"slow": self.keep})
 
             with frozen(self.teacher):

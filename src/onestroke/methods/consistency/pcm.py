@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,6 +34,7 @@ class PCM(Method):
     players: tuple[str, ...] = ("student", "heads")
     targets = ("slow",)
     needs = frozenset({"x0", "features"})
+    needs_if = {"gan_weight": "features"}
     paper = "PCM, arXiv 2405.18407"
     passes = {"student": 1, "slow": 1, "teacher": 5}
     max_steps = 16
@@ -74,10 +72,6 @@ class PCM(Method):
             self.heads = parts.heads()
         else:
             self.players = ("student",)
-
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return cls.needs if options["gan_weight"] else frozenset({"x0"})
 
     def judge(self, x: Tensor, end: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> Tensor:
         """The heads' logits (B, N) of states x (B, *D) at `end`, noised on to t."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from onestroke import terms, times
@@ -29,6 +26,7 @@ class DMD(Method):
 
     players = ("student", "fake")
     needs = frozenset({"pairs"})
+    needs_if = {"reg_weight": "pairs"}
     paper = "DMD, arXiv 2311.18828"
     passes = {"student": 2, "teacher": 2, "fake": 2}
     defaults = {"guidance_scale": 3.0, "lr": {"*": 1e-5}, "weight_decay": 0.01, "clip": 10.0, "ema": 0.0}
@@ -38,10 +36,6 @@ class DMD(Method):
         self.student, self.fake, self.teacher = parts.student, parts.copy("fake"), parts.teacher
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.reg_weight, self.c, self.lo, self.hi = reg_weight, c, lo, hi
-
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return cls.needs if options["reg_weight"] else frozenset()
 
     def step(self, batch: Batch, step: int):
         cond, draw = batch.cond, batch.draw

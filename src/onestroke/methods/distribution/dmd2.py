@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
 
 from onestroke import terms, times
 from onestroke.method import Batch, Mean, Method, Parts, Turn, frozen
-from onestroke.paths import Estimate, like
+from onestroke.paths import Estimate
 
 
 class DMD2(Method):
@@ -33,6 +32,7 @@ class DMD2(Method):
 
     players = ("student", "fake")
     needs = frozenset({"x0"})
+    needs_if = {"gan_weight": "x0"}
     paper = "DMD2, arXiv 2405.14867"
     passes = {"student": 1, "teacher": 2, "fake": 5}
     max_steps = 8
@@ -59,10 +59,6 @@ class DMD2(Method):
         self.student, self.teacher = parts.student, parts.teacher
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.ttur, self.gan_weight, self.critic_weight, self.lo, self.hi = ttur, gan_weight, critic_weight, lo, hi
-
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return cls.needs if options["gan_weight"] else frozenset()
 
     def step(self, batch: Batch, step: int):
         k = int(batch.draw.shared() * len(self.few.times))
@@ -91,13 +87,11 @@ class DMD2(Method):
         yield from self.descend(x, self.direction(x.detach(), batch)[0], batch)
         return x.detach()
 
-    @torch.no_grad()
     def direction(self, x: Tensor, batch: Batch) -> tuple[Tensor, Estimate, Tensor]:
         """The normalised score difference (B, *D) at x noised anew; what the fake says there, and the time (B,)."""
         t = times.uniform(batch.draw, self.path, self.lo, self.hi)
-        xt = self.path.mix(x, batch.draw.normal(x), t)
-        real, fake = self.guide(self.teacher)(xt, t, batch.cond).x0, self.fake(xt, t, batch.cond)
-        return like(terms.gap_weight(x, real), x) * (fake.x0 - real), fake, t
+        teacher = self.guide(self.teacher)
+        return *terms.matching(teacher, self.fake, self.path, x, batch.cond, t, batch.draw), t
 
     def descend(self, x: Tensor, direction: Tensor, batch: Batch) -> Iterator[Turn]:
         """The student's turn on x (B, *D), with the GAN."""

@@ -28,6 +28,7 @@ class FlashDMD(DMD2):
     Published settings (SDXL): four steps, about 2000 rounds.
     """
 
+    needs_if = {**DMD2.needs_if, "reward_weight": "reward"}
     paper = "Flash-DMD, arXiv 2511.20549"
     passes = {**DMD2.passes, "fake": 4}
 
@@ -49,7 +50,7 @@ class FlashDMD(DMD2):
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
         if not options["gan_weight"]:
             raise InputError("flash-dmd's clean steps have the GAN alone; set gan_weight above 0, or use dmd2.")
-        return cls.needs | ({"reward"} if options["reward_weight"] else set())
+        return super().needs_of(options)
 
     def student_turn(self, sample, batch, k):
         x = sample()

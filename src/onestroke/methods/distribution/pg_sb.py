@@ -28,8 +28,8 @@ class PGSB(Method):
     min_scale, max_scale: published 0.5 and 4 for Stable Diffusion 1.5 and 2.1, 0.5 and 3 for PixArt-alpha. lo, hi,
     null_rate, alpha_power: as in SwiftBrush. negatives: prompts separated by ";", published ten thousand, by default
     none. With them it is NASA-T: the student draws away from one of them, as strongly as a number drawn in every round
-    from 0 to 1 says (see `onestroke.nasa`), and it takes the place of the empty prompt in the guidance of the teacher
-    alone. Ours: without SwiftBrush v2's CLIP reward.
+    from 0 to 1 says (see `onestroke.teachers.nasa`), and it takes the place of the empty prompt in the guidance of the
+    teacher alone. Ours: without SwiftBrush v2's CLIP reward.
     Published settings: AdamW 1e-6 for the student and 1e-3 for the LoRA of rank 64.
     """
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
-from onestroke.branch import branched
 from onestroke.denoiser import Guided, dropped, negated
 from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
+from onestroke.teachers.branch import branched
 
 
 class SpeedUpNet(Method):
     """Chai et al., "SpeedUpNet: A Plug-and-Play Adapter Network for Accelerating Text-to-Image Diffusion Models".
 
-    The teacher stays as it is; every cross-attention gets a branch that reads a negative prompt (`onestroke.branch`).
-    It is trained in two losses. Guidance: the student regresses negative + w (class - negative) of the teacher, in one
-    call. Multi-step consistency: from a time t of one of the student's own steps, `hops` DDIM steps of the guided
-    teacher lead down a part of that step; what the student says where it ends must be what it says from there, and at
-    the step's end the state itself. So one call per step ends where the teacher's small ones do. The student draws away
-    from any negative prompt, and plain diffusers draws the teacher with it unless it is given the branch.
+    The teacher stays as it is; every cross-attention gets a branch that reads a negative prompt
+    (`onestroke.teachers.branch`). It is trained in two losses. Guidance: the student regresses negative + w (class -
+    negative) of the teacher, in one call. Multi-step consistency: from a time t of one of the student's own steps,
+    `hops` DDIM steps of the guided teacher lead down a part of that step; what the student says where it ends must be
+    what it says from there, and at the step's end the state itself. So one call per step ends where the teacher's small
+    ones do. The student draws away from any negative prompt, and plain diffusers draws the teacher with it unless it is
+    given the branch.
 
     guide_steps: rounds of guidance before those of consistency; 0, ours: half the run, and then a resumed run must keep
     its number of rounds. negative: the prompt that the student draws away from where it is told no other; "" is the

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ class SiDA(SiD):
     """
 
     needs = frozenset({"x0"})
+    needs_if = {"gan_weight": "x0"}
     paper = "SiDA, arXiv 2410.14919"
     passes = {"student": 2, "teacher": 2, "fake": 3}
 
@@ -57,10 +57,6 @@ class SiDA(SiD):
         self.gan_weight, self.critic_weight = gan_weight, critic_weight
         self.prelude, self.gan_from = prelude, gan_from
         self.judged, self.bottleneck = gan_weight > 0, parts.bottleneck
-
-    @classmethod
-    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return cls.needs if options["gan_weight"] else frozenset()
 
     def logits(self, est: Estimate) -> Tensor:
         """(B, N): one per place of the fake's bottleneck."""

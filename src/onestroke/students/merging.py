@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestroke.branch import BRANCH, save_branch
 from onestroke.errors import InputError, read_json
 from onestroke.run import check_empty
-from onestroke.student import CARD, Student, load_student, read_card
+from onestroke.students.student import CARD, Student, load_student, read_card
+from onestroke.teachers.branch import BRANCH, save_branch
 
 SAME = ("student_steps", "renoise", "encoder", "size")  # of the cards
 
@@ -77,8 +77,8 @@ def merge(students: Sequence[str | Path], weights: Sequence[float] | None = None
             raise InputError(f"{folder} cannot be merged with {folders[0]}: their {differing[0]} differs.")
     check_empty(out)
 
-    from onestroke.model_card import write_card
-    from onestroke.parity import check_pipeline, open_plain
+    from onestroke.students.model_card import write_card
+    from onestroke.students.parity import check_pipeline, open_plain
 
     student = load_student(folders[0])
     net = student.model.net

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onestroke.branch import BRANCH, read_branch
 from onestroke.errors import ExportError
-from onestroke.nasa import steered
 from onestroke.paths import Flow, Table
 from onestroke.sampling import FewStep
-from onestroke.student import SeededNoise
+from onestroke.students.student import SeededNoise
+from onestroke.teachers.branch import BRANCH, read_branch
 from onestroke.teachers.calls import clock
+from onestroke.teachers.nasa import steered
 from onestroke.teachers.pipeline import PipelineTeacher, absent, no_bars
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

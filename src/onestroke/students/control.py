@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from onestroke.errors import InputError, read_json
-from onestroke.nasa import steered
+from onestroke.teachers.nasa import steered
 from onestroke.teachers.pipeline import check_weights, network_of
 
 if TYPE_CHECKING:
-    from onestroke.student import Student
+    from onestroke.students.student import Student
 
 SHARED = (  # what a ControlNet has in common with the network that it was made from
     "in_channels",

@@ -21,14 +21,23 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from onestroke.branch import BRANCH
 from onestroke.errors import ExportError, InputError, read_json, unknown
-from onestroke.model_card import write_card
-from onestroke.parity import DTYPES, GRIDS, PROMPTS, Drawn, by_training_sampler, check, check_pipeline, gap, open_plain
 from onestroke.paths import Cond, Table
 from onestroke.run import check_empty
 from onestroke.sampling import FewStep
-from onestroke.student import (
+from onestroke.students.model_card import write_card
+from onestroke.students.parity import (
+    DTYPES,
+    GRIDS,
+    PROMPTS,
+    Drawn,
+    by_training_sampler,
+    check,
+    check_pipeline,
+    gap,
+    open_plain,
+)
+from onestroke.students.student import (
     CARD,
     LORA,
     LORA_FILE,
@@ -41,6 +50,7 @@ from onestroke.student import (
     to_pil,
 )
 from onestroke.teachers import load_teacher, locate
+from onestroke.teachers.branch import BRANCH
 from onestroke.teachers.pipeline import PipelineTeacher
 
 TARGETS = ("diffusers", "lora", "onnx")

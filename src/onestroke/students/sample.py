@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from onestroke.control import check_control, read_picture
 from onestroke.errors import InputError, read_json
-from onestroke.lora import check_lora_base, check_lora_file, put_lora
-from onestroke.student import CARD, SeededNoise, load_student, read_card, to_pil
+from onestroke.students.control import check_control, read_picture
+from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
+from onestroke.students.student import CARD, SeededNoise, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.pipeline import inspect_folder
 
@@ -41,7 +41,7 @@ def sample(
     """Draw `count` pictures of every prompt; write them to `out`, a PNG with one row per prompt, if given.
 
     Picture j of prompt i uses seed + i count + j. negative, nasa_scale: what a student is to stay away from, and how
-    much (see `onestroke.nasa`). lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
+    much (see `onestroke.teachers.nasa`). lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
     control_image, control_scale: a ControlNet of the teacher with a student, and the picture it reads. Raises
     InputError for a model that is neither, or an existing `out`.
     """

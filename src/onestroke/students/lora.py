@@ -16,7 +16,7 @@ from onestroke.run import read_prompts
 from onestroke.teachers.pipeline import PipelineTeacher, class_of, network_of, shapes_in
 
 if TYPE_CHECKING:
-    from onestroke.student import Student
+    from onestroke.students.student import Student
 
 PROMPTS = ["a red apple", "a cat on a mat", "an old house by a river", "a bunch of flowers"]
 
@@ -147,8 +147,8 @@ def check_lora(
     teacher: where it is, if not where it was. Raises InputError: before anything heavy is loaded for what is no student
     and no LoRA, or a LoRA of another base; and for a teacher of another base.
     """
-    from onestroke.exports import base_of, find_base
-    from onestroke.student import SeededNoise, Student, load_student, read_card
+    from onestroke.students.exports import base_of, find_base
+    from onestroke.students.student import SeededNoise, Student, load_student, read_card
 
     file, asked = check_lora_file(lora), PROMPTS if prompts is None else read_prompts(prompts)
     if min(count, steps) < 1 or scale == 0:

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onestroke.branch import BRANCH
 from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
 from onestroke.settings import Settings
 from onestroke.teachers import locate
+from onestroke.teachers.branch import BRANCH
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USE = {
@@ -34,14 +34,14 @@ pipeline.load_lora_weights("{here}", weight_name="pytorch_lora_weights.safetenso
 pipeline.scheduler = {scheduler}.from_pretrained("{here}", subfolder="scheduler")
 pipeline("{prompt}", {call}).images[0]
 """,
-    "onnx": """from onestroke.exports import OnnxStudent
+    "onnx": """from onestroke.students.exports import OnnxStudent
 
 student = OnnxStudent("{here}")
 student(["{prompt}"], seed=0)[0]
 """,
     "onnx without text": """from onestroke import load_student
-from onestroke.exports import OnnxStudent
-from onestroke.student import SeededNoise, to_pil
+from onestroke.students.exports import OnnxStudent
+from onestroke.students.student import SeededNoise, to_pil
 
 student, cond = OnnxStudent("{here}"), load_student("path/to/student").model.encode(["{prompt}"])
 to_pil(student.decode(student.latents(cond, SeededNoise(1, 0))))[0]

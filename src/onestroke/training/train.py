@@ -25,11 +25,11 @@ from onestroke.denoiser import plain_attention
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
-from onestroke.offload import Offload, main_memory
-from onestroke.optim import begin, make_optimizer
 from onestroke.paths import Cond
-from onestroke.progress import Progress
 from onestroke.settings import Settings
+from onestroke.training.offload import Offload, main_memory
+from onestroke.training.optim import begin, make_optimizer
+from onestroke.training.progress import Progress
 
 
 @dataclass(frozen=True)

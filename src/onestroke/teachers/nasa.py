@@ -12,7 +12,7 @@ for SD 1.5, 0.2 for SD 2.1, 0.5 for PixArt-alpha; of joint attention that the im
 that part is normalised (by both texts' pictures, as in the network), and FLUX's single-stream layers are left alone.
 
 It works around whatever attention processor a network has, and needs no weights. Where there is a trained branch for
-the negative text (`onestroke.branch`), Z- is what that says.
+the negative text (`onestroke.teachers.branch`), Z- is what that says.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestroke.branch import Branch, cross_attentions, joint, read_branch
 from onestroke.denoiser import PREFIX, SCALE, negated
 from onestroke.errors import InputError
 from onestroke.paths import Cond
+from onestroke.teachers.branch import Branch, cross_attentions, joint, read_branch
 from onestroke.teachers.calls import Call, flat, nested, padded
 
 
@@ -44,9 +44,9 @@ def negative_prompt(
     """Steer what a plain diffusers pipeline, such as an exported student, draws in this block away from a prompt.
 
     size: (height, width) of the pictures in pixels, where they are not the pipeline's own. branch: the file of a
-    negative-prompt branch (`onestroke.branch`) of this pipeline or of its base. scale: by default 0.2, or what the
-    branch was trained with. The pipeline's network is frozen by this. Raises InputError for one without an attention
-    that can be steered, and for a branch of another base.
+    negative-prompt branch (`onestroke.teachers.branch`) of this pipeline or of its base. scale: by default 0.2, or what
+    the branch was trained with. The pipeline's network is frozen by this. Raises InputError for one without an
+    attention that can be steered, and for a branch of another base.
     """
     from onestroke.teachers.pipeline import PipelineTeacher
 

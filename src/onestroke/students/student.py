@@ -14,18 +14,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestroke.branch import BRANCH, read_branch, save_branch
 from onestroke.denoiser import negated
 from onestroke.errors import InputError, read_json
-from onestroke.lora import check_lora_base, check_lora_file, put_lora
-from onestroke.nasa import check_steerable
 from onestroke.paths import Cond
-from onestroke.roles import adapters, merged
 from onestroke.sampling import FewStep
+from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
+from onestroke.teachers.branch import BRANCH, read_branch, save_branch
+from onestroke.teachers.nasa import check_steerable
 from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder, no_bars
+from onestroke.training.roles import adapters, merged
 
 if TYPE_CHECKING:
-    from onestroke.control import Controlled
+    from onestroke.students.control import Controlled
 
 CARD = "onestroke.json"
 LORA = "lora"  # the folder of a student's adapters, in its own
@@ -130,10 +130,10 @@ class Student:
     ) -> list[Image.Image]:
         """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number.
 
-        negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.nasa`), 0.2 by default; beyond
-        1 pictures degrade. A student with a branch for it (see `onestroke.branch`) reads it there, by default as
-        strongly as trained; without one it reads the prompt that it learned to. Raises InputError where the network
-        cannot be steered.
+        negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.teachers.nasa`), 0.2 by
+        default; beyond 1 pictures degrade. A student with a branch for it (see `onestroke.teachers.branch`) reads it
+        there, by default as strongly as trained; without one it reads the prompt that it learned to. Raises InputError
+        where the network cannot be steered.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         steer, images = bool(negative_prompt) and nasa_scale != 0, []
@@ -153,7 +153,7 @@ class Student:
     def with_controlnet(self, control: str | Path | nn.Module) -> Controlled:
         """This student under a ControlNet of its teacher: a folder, a hub id or a loaded one. Call what it returns with
         prompts and a picture. Raises InputError for a ControlNet of another base, and for several students."""
-        from onestroke.control import Controlled
+        from onestroke.students.control import Controlled
 
         if self.card.get("students", 1) > 1:
             raise InputError("a ControlNet goes with one student; load one of these, student-0 for example.")

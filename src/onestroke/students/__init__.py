@@ -1,0 +1,1 @@
+"""What is done with a finished student: kept, called, steered, merged, exported, compared, described."""
