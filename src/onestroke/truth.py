@@ -324,7 +324,7 @@ def limit(method: str, case: str) -> float:
 
 
 def gain(method: str, case: str) -> float:
-    """How many times nearer than the start a method must come to pass: 5; 1 for a trajectory and where limits are wide."""
+    """How many times nearer than the start a method must come to pass: 5, or 1 for a trajectory or a wide limit."""
     return 1 if _learns_trajectories(method) or CASES[case].limit > 5 else 5
 
 

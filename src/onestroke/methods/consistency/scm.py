@@ -53,7 +53,8 @@ class SCM(Method):
     2510.08431), whose warm-up is another. difference: 0, derivatives in forward mode; or the step in unit time of
     central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
-    angle alone and begins near its rest, so that in short runs other terms do not outweigh this one. Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
+    angle alone and begins near its rest, so that in short runs other terms do not outweigh this one.
+    Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
     """
 
     players: tuple[str, ...] = ("student", "weight")
