@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from onestroke import terms, times
@@ -34,7 +37,7 @@ class SpeedUpNet(Method):
     """
 
     players = ("student",)
-    needs = frozenset({"x0"})
+    needs = frozenset({"x0", "branch"})
     paper = "SpeedUpNet, arXiv 2312.08887"
     passes = {"student": 1, "teacher": 2}
     max_steps = 8
@@ -69,6 +72,10 @@ class SpeedUpNet(Method):
         self.guide_steps = guide_steps or max(1, parts.rounds // 2)
         self.pieces, self.hops, steps = pieces, hops, len(parts.few.times)
         self.grid = times.cut(parts.path, (0.0, *reversed(parts.few.times)), steps * pieces * hops)
+
+    @classmethod
+    def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        return cls.needs if options["branch"] else frozenset({"x0"})
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
