@@ -156,6 +156,7 @@ NEEDS = {
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
     "steering": "attention that can be steered away from a second text",
+    "branch": "a negative-prompt branch where the network has cross-attention",
     "halves": "a teacher with a UNet, whose encoder and decoder can be run apart",
     "times": "a sampler that calls the student at times of its own",
 }

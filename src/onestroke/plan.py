@@ -1,7 +1,8 @@
 """`plan`: the memory a run will need, before anything is loaded.
 
-The run's own first rounds are played on tensors without storage (`FakeTensorMode`: shapes and types alone), with every
-allocation watched. Nothing is estimated: a network, a method or a setting needs no line here.
+The run's own first two rounds, and its last for methods of several phases, are played on tensors without storage
+(`FakeTensorMode`: shapes and types alone), with every allocation watched. Nothing is estimated: a network, a method or
+a setting needs no line here.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch.utils._pytree import tree_iter
 from onestroke.denoiser import fused_attention
 from onestroke.draws import Draws
 from onestroke.errors import InputError, read_json, unknown
-from onestroke.method import Batch, Method, play
+from onestroke.images import Pictures
+from onestroke.method import Batch, Method, Pairs, play
 from onestroke.methods import get_method
+from onestroke.methods import options as option_defaults
 from onestroke.run import parts_of, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
@@ -35,6 +38,7 @@ from onestroke.training.optim import state_8bit
 from onestroke.training.train import Data, Trainer, live
 
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+NO_PICTURES = Pictures([], [], "")  # what a plan is made with: of pictures it needs the shape alone
 
 
 class Memory(TorchDispatchMode):
@@ -145,14 +149,14 @@ class Plan:
         return {"peak": self.peak, "frozen": self.frozen, "roles": self.roles, "working": self.working}
 
 
-def played(trainer: Trainer, batches: int, size: int, memory: Memory, rounds: int = 2) -> Plan:
-    """The plan of a trainer built inside `watched`, from its first rounds."""
+def played(trainer: Trainer, batches: int, size: int, memory: Memory) -> Plan:
+    """The plan of a trainer built inside `watched`, from its first two rounds and its last."""
     if trainer.offload.home is not None:  # the roles were made in main memory
         memory.peak = memory.now
     frozen = memory.now - sum(holds(trainer, p) for p in trainer.method.players)
     trainer.factor = 1.0
     data = trainer.data
-    for step in range(rounds):
+    for step in sorted({0, 1, trainer.settings.steps - 1}):
         micro = []
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
@@ -214,8 +218,8 @@ def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts
     """The memory that `distill(teacher, method=method, **settings)` will need.
 
     teacher: a built-in name or a pipeline folder. device: "cpu" or "cuda", by default what this machine has; on a GPU
-    attention keeps no matrix of all its weights. prompts: their number, whose conditions stay in memory. Raises
-    InputError as `distill` does.
+    attention keeps no matrix of all its weights. prompts: their number, whose conditions stay in memory; the pictures
+    or pairs that a method needs besides are those of a batch. Raises InputError as `distill` does, and for a reward.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -224,7 +228,9 @@ def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts
     if not isinstance(source, Path):
         raise InputError(f"{source} is not a folder; download the pipeline to plan with it.")
     cls = get_method(method)
-    _, run, chosen = plan_run(str(teacher), method, ["prompt"] * prompts, settings)
+    _, run, chosen = plan_run(str(teacher), method, ["prompt"] * prompts, settings, NO_PICTURES)
+    if "reward" in cls.needs_of({**option_defaults(cls), **chosen}):
+        raise InputError("the memory of a reward is not planned yet; leave it out, where the method does without.")
     run = replace(run, log_with="none", offload=run.offload and device != "cpu")  # nowhere to go from main memory
     with fused_attention() if device == "cuda" else nullcontext():
         return play_plan(lambda: hollow_teacher(source, run.size), cls, run, chosen, prompts)
@@ -241,7 +247,8 @@ def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, opti
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         size = run.batch_size
         trainer = HollowTrainer(memory, hollow(playing), Data(teacher.shape, cond), run)
-        trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()})
+        x0 = torch.zeros(size, *teacher.shape)
+        trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()}, x0, Pairs(x0, x0))
         return played(trainer, run.accumulate, size, memory)
 
 
@@ -263,7 +270,7 @@ main memory in every turn, the last trains adapters alone."""
 def goes(teacher: str | Path, method: str, settings: dict[str, Any]) -> bool:
     """Whether a run with these settings is one."""
     try:
-        plan_run(str(teacher), method, ["prompt"], settings)
+        plan_run(str(teacher), method, ["prompt"], settings, NO_PICTURES)
     except InputError:
         return False
     return True
@@ -277,7 +284,7 @@ def switches(
     Cheaper means: without the dearest switch of the other set. All of them are played first, and then the set without
     each in turn, the dearest first: what is not needed is left out.
     """
-    _, run, _ = plan_run(str(teacher), method, ["prompt"], settings)
+    _, run, _ = plan_run(str(teacher), method, ["prompt"], settings, NO_PICTURES)
     changes = {name: change(run) for name, change in SWITCHES.items() if change(run)}
     changes = {name: change for name, change in changes.items() if goes(teacher, method, {**settings, **change})}
 

@@ -107,6 +107,11 @@ def plan_run(
         )
     if "steering" in needs and settings.gradient_checkpointing:
         raise InputError("negative prompts in training go without gradient_checkpointing; leave it out.")
+    if "branch" in needs and settings.gradient_checkpointing:
+        raise InputError(
+            "a negative-prompt branch goes without gradient_checkpointing; leave it out, or set branch=false, which is "
+            "the same for a network without cross-attention."
+        )
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     if pairs and "pairs" not in needs:

@@ -353,6 +353,20 @@ def test_what_becomes_of_it(student, tmp_path):
         load_student(student, compile=True)
 
 
+def test_gradient_checkpointing_is_refused_before_anything_is_loaded(pipeline_folder, tmp_path, monkeypatch):
+    """And let alone where no branch is asked for."""
+    monkeypatch.setattr(PipelineTeacher, "load", lambda *args, **more: pytest.fail("the teacher was loaded"))
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    given = {"method": "speedupnet", "images": tmp_path, "out": tmp_path / "out", "gradient_checkpointing": True}
+    with pytest.raises(InputError, match="a negative-prompt branch goes without gradient_checkpointing"):
+        library.distill(str(pipeline_folder), **given)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
+        library.distill(str(pipeline_folder), **given, branch=False)
+    assert SpeedUpNet.needs_of({"branch": True}) == SpeedUpNet.needs
+
+
 def test_what_is_refused(student, teachers, tmp_path):
     unet = PipelineTeacher.load(student).net.unet
     other = copy.deepcopy(unet)

@@ -10,6 +10,7 @@ from PIL import Image
 from families import FAMILIES
 from onestroke.errors import InputError
 from onestroke.sampling import FewStep
+from onestroke.students.control import check_control
 from onestroke.students.student import load_student, save_student
 from onestroke.teachers.pipeline import PipelineTeacher
 
@@ -100,6 +101,18 @@ def test_what_is_refused(teachers, students, picture, pipeline_folder, onestroke
         assert (said.code, said.err.count("\n")) == (2, 1), said
         assert says in said.err
         assert not (tmp_path / "out.png").exists()
+
+
+def test_one_of_another_base_on_the_hub_is_refused_by_its_config(teachers, students, tmp_path, monkeypatch):
+    """Which alone is there: nothing else could be fetched."""
+    repo = tmp_path / "hub" / "models--org--control"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    control_of(teachers["sd15"], False).save_config(repo / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_control("org/control", students("sd15"))
+    with pytest.raises(InputError, match="ControlNet of another base"):
+        check_control("org/control", students("sdxl"))
 
 
 def test_a_pipeline_that_has_none(teachers, students):

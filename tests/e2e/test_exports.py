@@ -277,6 +277,18 @@ def test_onnx_without_a_text_encoder(name, tmp_path):
     assert space["image"].size == load_student(tmp_path / "student")("rain")[0].size
 
 
+@pytest.mark.parametrize("name", ["flux", "lumina2", "qwen-image", "z-image"])
+def test_onnx_without_a_graph_is_refused_before_loading(command, teachers, tmp_path, monkeypatch, name):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(exports, "load_student", lambda folder: pytest.fail("the student was loaded"))
+    teacher = teachers[name]
+    few = FewStep(teacher.path, teacher.path.grid(1))
+    save_student(teacher, teacher.net, few, tmp_path / "student", {"method": "none", "teacher": "x"})
+    said = command("export", tmp_path / "student", "--to", "onnx", "--out", tmp_path / "out")
+    check_refused(said, f"torch cannot write a {type(teacher.net.transformer).__name__} as ONNX with a dynamic batch")
+    assert not (tmp_path / "out").exists()
+
+
 def test_onnx_of_what_torch_cannot_write(command, full, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from families import FAMILIES
 from onestroke.errors import InputError
 from onestroke.sampling import FewStep
 from onestroke.students.lora import check_lora, check_lora_base, measures, put_lora
+from onestroke.students.sample import sample
 from onestroke.students.student import LORA_FILE, load_student, save_lora, save_student
 from onestroke.teachers.pipeline import PipelineTeacher, hollow_network, network_of, shapes_in
 
@@ -164,6 +166,47 @@ def test_what_is_refused(folder, lora, pipeline_folder, onestroke, tmp_path, mon
             assert (said.code, said.err.count("\n")) == (2, 1), said
             assert says in said.err
             assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(pipeline_folder, tmp_path, monkeypatch):
+    """What the hub's cache holds of the tiny teacher, org/tiny: its two small files; nothing more can be had."""
+    repo = tmp_path / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    for name in ("model_index.json", "unet/config.json"):
+        file = repo / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pipeline_folder / name, file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repo / "snapshots" / ("0" * 40)
+
+
+def test_of_a_teacher_on_the_hub_only_small_files_are_fetched(hub, lora, onestroke, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("onestroke.students.sample.load_teacher", lambda name: loaded.append(name) or 1 / 0)
+    wide = changed(lora, tmp_path / "wide.safetensors", lambda k, v: (k, v.repeat(1, 2) if "lora_A" in k else v))
+    other = changed(lora, tmp_path / "other.safetensors", lambda k, v: (k.replace("down_blocks.0", "down_blocks.7"), v))
+    for model, file, says in (
+        ("org/tiny", wide, "is LoRA of another base"),
+        ("org/tiny", other, "has no such layer"),
+        ("org/none", lora, "teacher 'org/none' could not be read"),
+    ):
+        said = onestroke("sample", model, "rain", "--lora", file, "--out", tmp_path / "out")
+        assert (said.code, said.err.count("\n")) == (2, 1), said
+        assert says in said.err
+    assert not loaded
+    with pytest.raises(ZeroDivisionError):
+        sample("org/tiny", ["rain"], lora=lora)
+    assert loaded == ["org/tiny"], "one that fits is loaded"
+    (hub / "unet" / "config.json").unlink()
+    with pytest.raises(InputError, match="teacher 'org/tiny' could not be read"):
+        check_lora_base("org/tiny", lora)
+    declared = json.loads((hub / "model_index.json").read_text())
+    for change, says in (({"unet": ["mine", "Net"]}, "is never run"), ({"_class_name": "Mine"}, "does not know")):
+        (hub / "model_index.json").write_text(json.dumps(declared | change))
+        with pytest.raises(InputError, match=says):
+            check_lora_base("org/tiny", lora)
 
 
 def test_a_teacher_of_another_base(folder, lora, tmp_path):

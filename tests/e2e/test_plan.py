@@ -10,7 +10,17 @@ import torch
 from onestroke.denoiser import fused_attention
 from onestroke.errors import InputError
 from onestroke.methods import get_method
-from onestroke.plan import HollowTrainer, Plan, hollow_teacher, parse_bytes, plan, played, switches, watched
+from onestroke.plan import (
+    NO_PICTURES,
+    HollowTrainer,
+    Plan,
+    hollow_teacher,
+    parse_bytes,
+    plan,
+    played,
+    switches,
+    watched,
+)
 from onestroke.run import parts_of, plan_run
 from onestroke.teachers import load_teacher
 from onestroke.training.train import Data, Trainer
@@ -21,11 +31,12 @@ SETTINGS = [
     {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
     {"batch_size": 8, "offload": True},
 ]
+LATE = {"batch_size": 8, "score_weight": 1.0, "steps": 8}  # scores in the last two rounds
 
 
 def lived(folder, method: str, **settings):
-    """The plan's figures of two rounds on real tensors."""
-    _, run, chosen = plan_run(str(folder), method, ["prompt"], {**settings, "log_with": "none"})
+    """The plan's figures of the same rounds on real tensors."""
+    _, run, chosen = plan_run(str(folder), method, ["prompt"], {**settings, "log_with": "none"}, NO_PICTURES)
     with watched() as memory:
         teacher = load_teacher(folder)
         null = teacher.null
@@ -35,11 +46,15 @@ def lived(folder, method: str, **settings):
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         main = (HollowTrainer, memory) if run.offload else (Trainer,)  # here a copy stands for main memory
         trainer = main[0](*main[1:], playing, Data(teacher.shape, cond), run)
-        trainer.data = Data(teacher.shape, {k: v[: run.batch_size] for k, v in cond.items()})
+        x0 = torch.zeros(run.batch_size, *teacher.shape)
+        trainer.data = Data(teacher.shape, {k: v[: run.batch_size] for k, v in cond.items()}, x0)
         return played(trainer, run.accumulate, run.batch_size, memory)
 
 
-@pytest.mark.parametrize(("method", "settings"), [*(("swiftbrush", s) for s in SETTINGS), ("sid", SETTINGS[0])])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*(("swiftbrush", s) for s in SETTINGS), ("sid", SETTINGS[0]), ("hyper-sd", LATE)],
+)
 def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
     """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
     device = "cuda" if settings.get("offload") else "cpu"
@@ -49,6 +64,23 @@ def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
     assert planned.roles == real.roles
     assert planned.working == pytest.approx(real.working, rel=0.15)
+
+
+def test_a_phase_that_comes_late_is_planned(pipeline_folder):
+    """Scores in the last stage of hyper-sd: of a run that does not come to it the fake alone is held."""
+    late, early, plain = (
+        plan(pipeline_folder, "hyper-sd", **{**LATE, **more})
+        for more in ({}, {"stage_steps": 8}, {"score_weight": 0.0})
+    )
+    assert late.roles == early.roles
+    assert late.working > 1.2 * early.working
+    assert early.working == pytest.approx(plain.working, rel=0.05)
+    assert late.peak > plain.peak + late.roles["fake"]
+
+
+def test_a_reward_is_refused(pipeline_folder):
+    with pytest.raises(InputError, match="a reward is not planned yet"):
+        plan(pipeline_folder, "hyper-sd", reward_weight=1.0)
 
 
 def test_what_each_role_holds(pipeline_folder):

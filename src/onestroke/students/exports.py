@@ -51,11 +51,17 @@ from onestroke.students.student import (
 )
 from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.branch import BRANCH
-from onestroke.teachers.pipeline import PipelineTeacher
+from onestroke.teachers.pipeline import PipelineTeacher, network_of
 
 TARGETS = ("diffusers", "lora", "onnx")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
+UNTRACED = (  # complex rotary embeddings, or rows taken one by one: the tracers of torch bake the batch into the graph
+    "FluxTransformer2DModel",
+    "Lumina2Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "ZImageTransformer2DModel",
+)
 
 
 # ---- the three formats -----------------------------------------------------------------------------------------------
@@ -439,6 +445,8 @@ def export(
         find_base(card, base)
     if to == "onnx":
         onnx_runtime()
+        if (kind := network_of(folder)[1].__name__) in UNTRACED:
+            raise InputError(f"torch cannot write a {kind} as ONNX with a dynamic batch yet; export to diffusers.")
     student = load_student(folder)
     if to == "diffusers":
         to_diffusers(student, out, dtype or "float32")

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from onestroke.errors import InputError, read_json
 from onestroke.run import read_prompts
-from onestroke.teachers.pipeline import PipelineTeacher, class_of, network_of, shapes_in
+from onestroke.teachers.pipeline import (
+    PipelineTeacher,
+    class_of,
+    declared_in,
+    hollow_network,
+    network_of,
+    shapes_in,
+)
 
 if TYPE_CHECKING:
     from onestroke.students.student import Student
@@ -74,10 +81,18 @@ def check_fits(cls: Any, part: str, config: Any, shapes: Mapping[str, tuple[int,
             raise InputError(f"{file} is LoRA of another base: it changes {changed}, and this {part} {here}.")
 
 
-def check_lora_base(folder: Path, file: str | Path) -> None:
-    """Refuse a LoRA of another base than the pipeline in `folder`, which is not loaded for it. Raises InputError."""
-    cls, (part, _) = class_of(read_json(folder / "model_index.json").get("_class_name"), folder), network_of(folder)
-    check_fits(cls, part, FrozenDict(read_json(folder / part / "config.json")), shapes_in(folder / part), Path(file))
+def check_lora_base(source: str | Path, file: str | Path) -> None:
+    """Refuse a LoRA of another base than the pipeline in a folder, a Path, or of a hub id. Raises InputError.
+
+    No pipeline is loaded for it, and of a hub id nothing but two small files is fetched.
+    """
+    cls, (part, _) = class_of(declared_in(source).get("_class_name"), source), network_of(source)
+    if isinstance(source, Path):
+        config, shapes = FrozenDict(read_json(source / part / "config.json")), shapes_in(source / part)
+    else:
+        network = hollow_network(source)
+        config, shapes = network.config, {name: tuple(v.shape) for name, v in network.state_dict().items()}
+    check_fits(cls, part, config, shapes, Path(file))
 
 
 def put_lora(model: PipelineTeacher, file: str | Path, scale: float = 1.0) -> None:

@@ -71,8 +71,9 @@ def sample(
         for name, value in (("--negative", negative), ("--controlnet", controlnet)):
             if value:
                 raise InputError(f"{name} goes with a student; {model} is a teacher.")
-        if lora is not None and isinstance(source, Path):
-            inspect_folder(source)
+        if lora is not None:
+            if isinstance(source, Path):
+                inspect_folder(source)
             check_lora_base(source, lora)
         teacher, images = load_teacher(model), []
         if lora is not None:

@@ -107,18 +107,41 @@ def inspect_folder(folder: Path) -> None:
     prediction_of(str(config.get("_class_name")), config, folder)
 
 
-def network_of(folder: Path) -> tuple[str, Any]:
-    """The name and the class of the denoiser of a pipeline folder."""
-    declared = read_json(folder / "model_index.json")
-    part = next(part for part in NETWORKS if isinstance(declared.get(part), list))
+def unreadable(source: str | Path, error: Exception) -> InputError:
+    return InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}")
+
+
+def declared_in(source: str | Path) -> Mapping[str, Any]:
+    """The model_index.json of a folder or of a hub id, of which that file alone is fetched. Raises InputError."""
+    if isinstance(source, Path):
+        return read_json(source / "model_index.json")
+    try:
+        declared = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        raise unreadable(source, error) from None
+    class_of(declared.get("_class_name"), source)
+    check_libraries(declared, source)
+    return declared
+
+
+def network_of(source: str | Path) -> tuple[str, Any]:
+    """The name and the class of the denoiser of a pipeline. Raises InputError for a hub id that cannot be read."""
+    declared = declared_in(source)
+    part = next(part for part in NETWORKS if isinstance(declared.get(part), (list, tuple)))
     return part, getattr(diffusers, declared[part][1])
 
 
-def hollow_network(folder: Path) -> nn.Module:
-    """The denoiser of a pipeline folder, of the right shapes without storage, from its config alone."""
-    part, cls = network_of(folder)
-    with no_bars(), FakeTensorMode(allow_non_fake_inputs=True):
-        return cls.from_config(cls.load_config(folder / part))
+def hollow_network(source: str | Path) -> Any:
+    """The denoiser of a folder or of a hub id, of the right shapes without storage, from its config alone.
+
+    Raises InputError for a hub id that cannot be read.
+    """
+    part, cls = network_of(source)
+    try:
+        with no_bars(), FakeTensorMode(allow_non_fake_inputs=True):
+            return cls.from_config(cls.load_config(source, subfolder=part))
+    except OSError as error:
+        raise unreadable(source, error) from None
 
 
 def check_libraries(declared: Mapping[str, Any], source: str | Path) -> None:
@@ -223,16 +246,14 @@ def read_pipeline(source: str | Path) -> Any:
     """The pipeline in a folder or of a hub id, in float32. Raises InputError."""
     try:
         with no_bars():
-            declared = DiffusionPipeline.load_config(source)
-            class_of(declared.get("_class_name"), source)
-            check_libraries(declared, source)
+            declared = declared_in(str(source))
             pipeline = DiffusionPipeline.from_pretrained(
                 source, use_safetensors=True, dtype=torch.float32, **load_encoders(source, declared)
             )
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError) as error:  # e.g. weights of other shapes
-        raise InputError(f"teacher {str(source)!r} could not be read: {str(error).splitlines()[0]}") from None
+        raise unreadable(source, error) from None
     for part in ("unet", "transformer", "vae"):  # diffusers leaves missing weights on the meta device
         module = getattr(pipeline, part, None)
         lost = [name for name, p in module.named_parameters() if p.is_meta] if module is not None else []

@@ -35,7 +35,8 @@ class SpeedUpNet(Method):
     """
 
     players = ("student",)
-    needs = frozenset({"x0"})
+    needs = frozenset({"x0", "branch"})
+    needs_if = {"branch": "branch"}
     paper = "SpeedUpNet, arXiv 2312.08887"
     passes = {"student": 1, "teacher": 2}
     max_steps = 8
