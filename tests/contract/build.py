@@ -41,6 +41,7 @@ PHASES: dict[str, dict[str, Any]] = {
 """Options of methods in phases with which four rounds play all of them."""
 FAST = {"student": 1e-3, "fake": 1e-3}
 SHORT: dict[str, dict[str, Any]] = {
+    "adm": {"lr": {"student": 3e-4, "heads": 2e-2, "fake": 1e-3}, "ema": 0.995},
     "agd": {"points": 4, "student_steps": 8},
     "boss": {"fine": 10},
     "ct": {"growth": 0},
@@ -55,8 +56,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "pcm": {"grid": 12, "keep": 0.5},
     "pg-sb": {"lr": FAST},
     "progressive": {"start": 16, "stage_steps": 0},
-    "sana-sprint": {"ramp": 50},
-    "scm": {"ramp": 50},
+    "sana-sprint": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
+    "scm": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "scott": {"grid": 50},
     "sign": {"lr": FAST},
     "slam": {"grid": 50},
