@@ -61,7 +61,8 @@ def line(row: dict[str, Any], machines: list[str]) -> str:
 def page(rows: list[dict[str, Any]]) -> str:
     machines = sorted({row["on"] for row in rows})
     notes = "\n".join(f"({i}) {text}." for i, text in enumerate(machines, 1))
-    return HEAD + "\n".join(line(row, machines) for row in rows) + f"\n\nMade by `make truth`.\n\n{notes}\n"
+    count = f"{sum(row['passes'] for row in rows)} of {len(rows)} rows pass."
+    return HEAD + "\n".join(line(row, machines) for row in rows) + f"\n\n{count} Made by `make truth`.\n\n{notes}\n"
 
 
 def main() -> int:
