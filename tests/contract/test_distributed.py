@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from contract.build import snapshot, state, trained
-from contract.test_methods import same
+from contract.test_methods import assert_same
 from onestroke.methods import METHODS
 from onestroke.training.train import Trainer
 from truth.checks import turns_of
@@ -121,8 +121,8 @@ def found(tmp_path_factory, request):
 def test_two_processes_are_one(name, run, found):
     """float64: the ranks agree to the bit; one process with the whole batch agrees to rounding in another order."""
     one, two = found((name, run), 0), found((name, run), 1)
-    same(one["straight"], two["straight"])
-    same(one["student"], two["student"])
+    assert_same(one["straight"], two["straight"])
+    assert_same(one["student"], two["student"])
     assert not torch.equal(one["rows"], two["rows"])
     for player, share in one["share"].items():
         assert share + two["share"][player] == (1 if "fsdp" in run else 2)
@@ -130,12 +130,12 @@ def test_two_processes_are_one(name, run, found):
     changes = {k: v for k, v in RUNS[run].items() if k != "shard"}
     accumulate = changes.pop("accumulate", 1)
     alone = trained(name, rounds=rounds_of(run), batch_size=2 * accumulate * SIZE, **changes)
-    same(one["straight"], snapshot(alone), 1e-10)
-    same(one["student"], state(alone.finish()), 1e-10)
+    assert_same(one["straight"], snapshot(alone), 1e-10)
+    assert_same(one["student"], state(alone.finish()), 1e-10)
 
 
 @pytest.mark.parametrize(("name", "run"), [case for case in CASES if case[1] in STOPS])
 def test_resuming_two_processes_is_bit_equal(name, run, found):
     for rank in (0, 1):
         left = found((name, run), rank)
-        same(left["resumed"], left["straight"])
+        assert_same(left["resumed"], left["straight"])

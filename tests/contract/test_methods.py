@@ -172,7 +172,7 @@ def test_methods_are_their_files():
 # ---- training ------------------------------------------------------------------------------------------------
 
 
-def same(one, two, tolerance=0.0):
+def assert_same(one, two, tolerance=0.0):
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(value, two[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
@@ -185,7 +185,7 @@ def test_accumulation_is_exact(name, accumulate):
     Adam's division by the root of the second moment."""
     whole = trained(name, batch_size=32, rounds=3)
     split = trained(name, batch_size=32 // accumulate, accumulate=accumulate, rounds=3)
-    same(snapshot(split), snapshot(whole), 1e-10)
+    assert_same(snapshot(split), snapshot(whole), 1e-10)
 
 
 @every
@@ -199,8 +199,8 @@ def test_stop_and_resume_is_bit_equal(name, changes, tmp_path):
     resumed = trained(name, tmp_path / "stopped", resume=True, **changes)
     assert resumed.round == straight.round == 4
     assert resumed.average.count == straight.average.count > 0
-    same(snapshot(resumed), snapshot(straight))
-    same(state(resumed.finish()), state(straight.finish()))
+    assert_same(snapshot(resumed), snapshot(straight))
+    assert_same(state(resumed.finish()), state(straight.finish()))
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["00000004"]
 
 
@@ -224,7 +224,7 @@ def test_the_average_is_what_is_returned(name):
         w = 1 - min(0.3, (1 + k) / (10 + k))
         want = {key: value + w * (live[key] - value) for key, value in want.items()}
     assert len(updates) > 1
-    same(state(trainer.finish()), want, 1e-13)
+    assert_same(state(trainer.finish()), want, 1e-13)
 
 
 @every

@@ -49,7 +49,7 @@ def two_homes(monkeypatch):
     monkeypatch.setattr("contract.build.Trainer", TwoHomes)
 
 
-def same(one, two):
+def assert_same(one, two):
     assert one.keys() == two.keys()
     for key in one:
         assert torch.equal(one[key], two[key]), key
@@ -61,17 +61,17 @@ def test_the_run_is_the_same(name, changes, two_homes):
     run = trained(name, offload=True, rounds=3, **changes)
     assert run.offload.moves > 0
     assert all(run.offload.idle(p) for p in run.method.parameters())
-    same(snapshot(run), snapshot(trained(name, rounds=3, **changes)))
+    assert_same(snapshot(run), snapshot(trained(name, rounds=3, **changes)))
     student = run.finish()
     assert not any(run.offload.idle(p) for p in student.parameters())
-    same(student.state_dict(), trained(name, rounds=3, **changes).finish().state_dict())
+    assert_same(student.state_dict(), trained(name, rounds=3, **changes).finish().state_dict())
 
 
 @pytest.mark.parametrize("name", ["swiftbrush", *PHASES])
 def test_it_is_resumed(name, two_homes, tmp_path):
     straight = trained(name, offload=True)
     trained(name, tmp_path, rounds=2, offload=True)
-    same(snapshot(trained(name, tmp_path, resume=True, offload=True)), snapshot(straight))
+    assert_same(snapshot(trained(name, tmp_path, resume=True, offload=True)), snapshot(straight))
 
 
 def test_who_is_there_when(monkeypatch):

@@ -34,7 +34,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def check_refused(said: Said, *parts: str) -> None:
+def assert_refusal(said: Said, *parts: str) -> None:
     assert said.code == 2, said
     assert said.err.startswith("error: "), said.err
     assert said.err.count("\n") == 1, said.err
@@ -172,13 +172,13 @@ def test_a_method_is_checked_on_an_exact_teacher(onestroke):
 
 
 @pytest.fixture
-def refused(onestroke, pipeline_folder, prompt_file, tmp_path):
+def assert_refused(onestroke, pipeline_folder, prompt_file, tmp_path):
     """Call a command that must be refused, in a folder whose every file must stay as it was."""
 
     def call(*words: object, says: tuple[str, ...]) -> None:
         before = digest(tmp_path), digest(pipeline_folder), digest(prompt_file.parent)
         said = onestroke(*words)
-        check_refused(said, *says)
+        assert_refusal(said, *says)
         assert (digest(tmp_path), digest(pipeline_folder), digest(prompt_file.parent)) == before
 
     return call
@@ -186,16 +186,16 @@ def refused(onestroke, pipeline_folder, prompt_file, tmp_path):
 
 def test_missing_teacher_in_a_shell(prompt_file, tmp_path):
     said = shell(*arguments(Path("nowhere"), prompt_file, Path("out")), cwd=tmp_path)
-    check_refused(said, "unknown teacher", "'nowhere'")
+    assert_refusal(said, "unknown teacher", "'nowhere'")
     assert digest(tmp_path) == {}
 
 
-def test_missing_hub_teacher(refused, prompt_file, tmp_path):
-    refused(*arguments(Path("org/none"), prompt_file, tmp_path / "out"), says=("'org/none' could not be read",))
+def test_missing_hub_teacher(assert_refused, prompt_file, tmp_path):
+    assert_refused(*arguments(Path("org/none"), prompt_file, tmp_path / "out"), says=("'org/none' could not be read",))
 
 
-def test_teacher_that_is_a_file(refused, prompt_file, tmp_path):
-    refused(*arguments(prompt_file, prompt_file, tmp_path / "out"), says=("is a file", "pipeline folder"))
+def test_teacher_that_is_a_file(assert_refused, prompt_file, tmp_path):
+    assert_refused(*arguments(prompt_file, prompt_file, tmp_path / "out"), says=("is a file", "pipeline folder"))
 
 
 @pytest.mark.parametrize(
@@ -208,16 +208,16 @@ def test_teacher_that_is_a_file(refused, prompt_file, tmp_path):
         (None, "no such prompt file"),
     ],
 )
-def test_prompt_file(refused, pipeline_folder, tmp_path, content, says):
+def test_prompt_file(assert_refused, pipeline_folder, tmp_path, content, says):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    refused(*arguments(pipeline_folder, path, tmp_path / "out"), says=(says,))
+    assert_refused(*arguments(pipeline_folder, path, tmp_path / "out"), says=(says,))
 
 
-def test_unknown_method_names_the_nearest(refused, pipeline_folder, prompt_file, tmp_path):
+def test_unknown_method_names_the_nearest(assert_refused, pipeline_folder, prompt_file, tmp_path):
     words = ["distill", pipeline_folder, "--method", "swiftbrsh", "--prompts", prompt_file, "--out", tmp_path / "out"]
-    refused(*words, says=("unknown method 'swiftbrsh'", "Did you mean 'swiftbrush'?"))
+    assert_refused(*words, says=("unknown method 'swiftbrsh'", "Did you mean 'swiftbrush'?"))
 
 
 @pytest.mark.parametrize(
@@ -244,39 +244,45 @@ def test_unknown_method_names_the_nearest(refused, pipeline_folder, prompt_file,
         ("clip", ("'clip' is not of the form key=value",)),
     ],
 )
-def test_setting(refused, pipeline_folder, prompt_file, tmp_path, given, says):
+def test_setting(assert_refused, pipeline_folder, prompt_file, tmp_path, given, says):
     words = ["distill", pipeline_folder, "--method", "swiftbrush", "--prompts", prompt_file, "--out", tmp_path / "out"]
-    refused(*words, "--set", given, says=says)
+    assert_refused(*words, "--set", given, says=says)
 
 
-def test_output_folder_that_holds_another_run(refused, finished, pipeline_folder, prompt_file, tmp_path):
+def test_output_folder_that_holds_another_run(assert_refused, finished, pipeline_folder, prompt_file, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     words = arguments(pipeline_folder, prompt_file, out)
-    refused(*words, says=("is not empty", "another --out", "--resume"))
+    assert_refused(*words, says=("is not empty", "another --out", "--resume"))
     said = shell(*words, cwd=tmp_path)
-    check_refused(said, "is not empty")
+    assert_refusal(said, "is not empty")
 
 
-def test_output_that_is_a_file_or_below_one(refused, pipeline_folder, prompt_file, tmp_path):
+def test_output_that_is_a_file_or_below_one(assert_refused, pipeline_folder, prompt_file, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(*arguments(pipeline_folder, prompt_file, tmp_path / "file"), says=("another --out",))
-    refused(*arguments(pipeline_folder, prompt_file, tmp_path / "file" / "out"), says=("is a file", "another --out"))
+    assert_refused(*arguments(pipeline_folder, prompt_file, tmp_path / "file"), says=("another --out",))
+    assert_refused(
+        *arguments(pipeline_folder, prompt_file, tmp_path / "file" / "out"), says=("is a file", "another --out")
+    )
 
 
-def test_resume_of_a_different_run(refused, finished, pipeline_folder, prompt_file, tmp_path):
+def test_resume_of_a_different_run(assert_refused, finished, pipeline_folder, prompt_file, tmp_path):
     out, others = tmp_path / "run", tmp_path / "others.txt"
     shutil.copytree(finished, out)
     others.write_text("another prompt\n")
     teacher = tmp_path / "teacher"
     shutil.copytree(pipeline_folder, teacher)
     same = (pipeline_folder, prompt_file, out, "--resume")
-    refused(*arguments(*same, "--seed", "3"), says=("holds another run: its setting seed is 0, not 3",))
-    refused(*arguments(*same, "--set", "lo=0.1"), says=("holds another run: its options is {}, not {'lo': 0.1}",))
-    refused(*arguments(*same, "--set", "lr.fake=1e-4"), says=("holds another run: its setting lr",))
-    refused(*arguments(pipeline_folder, others, out, "--resume"), says=("holds another run: its prompts_sha256",))
-    refused(*arguments(teacher, prompt_file, out, "--resume"), says=("holds another run: its teacher",))
-    refused(*arguments(pipeline_folder, prompt_file, tmp_path / "none", "--resume"), says=("no run to resume",))
+    assert_refused(*arguments(*same, "--seed", "3"), says=("holds another run: its setting seed is 0, not 3",))
+    assert_refused(
+        *arguments(*same, "--set", "lo=0.1"), says=("holds another run: its options is {}, not {'lo': 0.1}",)
+    )
+    assert_refused(*arguments(*same, "--set", "lr.fake=1e-4"), says=("holds another run: its setting lr",))
+    assert_refused(
+        *arguments(pipeline_folder, others, out, "--resume"), says=("holds another run: its prompts_sha256",)
+    )
+    assert_refused(*arguments(teacher, prompt_file, out, "--resume"), says=("holds another run: its teacher",))
+    assert_refused(*arguments(pipeline_folder, prompt_file, tmp_path / "none", "--resume"), says=("no run to resume",))
 
 
 # load, not load_file: a file that is mapped into memory must not be written.
@@ -327,11 +333,11 @@ def broken_json(path: Path) -> None:
         ("", shutil.rmtree, ("holds no checkpoint to resume",)),
     ],
 )
-def test_checkpoint(refused, finished, pipeline_folder, prompt_file, tmp_path, file, harm, says):
+def test_checkpoint(assert_refused, finished, pipeline_folder, prompt_file, tmp_path, file, harm, says):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     harm(out / "checkpoints" / "00000002" / file)
-    refused(*arguments(pipeline_folder, prompt_file, out, "--resume"), "--steps", "3", says=says)
+    assert_refused(*arguments(pipeline_folder, prompt_file, out, "--resume"), "--steps", "3", says=says)
 
 
 def rename_class(path: Path) -> None:
@@ -393,11 +399,11 @@ def epsilon(path: Path) -> None:
         ("scheduler/scheduler_config.json", epsilon, ("'eps' prediction is singular",)),
     ],
 )
-def test_teacher_folder(refused, pipeline_folder, prompt_file, tmp_path, file, harm, says):
+def test_teacher_folder(assert_refused, pipeline_folder, prompt_file, tmp_path, file, harm, says):
     teacher = tmp_path / "teacher"
     shutil.copytree(pipeline_folder, teacher)
     harm(teacher / file)
-    refused(*arguments(teacher, prompt_file, tmp_path / "out"), says=says)
+    assert_refused(*arguments(teacher, prompt_file, tmp_path / "out"), says=says)
 
 
 def test_a_pickle_in_a_teacher_folder_is_never_run(onestroke, pipeline_folder, prompt_file, tmp_path):
@@ -410,37 +416,39 @@ def test_a_pickle_in_a_teacher_folder_is_never_run(onestroke, pipeline_folder, p
         shutil.copytree(pipeline_folder, teacher)
         (teacher / UNET).unlink()
         (teacher / "unet" / name).write_bytes(pickle.dumps(Bomb()))
-        check_refused(onestroke(*arguments(teacher, prompt_file, tmp_path / "out")), "pickle")
-        check_refused(onestroke("sample", teacher, "a cat", "--out", tmp_path / "x.png"), "pickle")
+        assert_refusal(onestroke(*arguments(teacher, prompt_file, tmp_path / "out")), "pickle")
+        assert_refusal(onestroke("sample", teacher, "a cat", "--out", tmp_path / "x.png"), "pickle")
     assert not (tmp_path / "ran").exists()
 
 
-def test_sample_into_an_existing_file(refused, finished, tmp_path):
+def test_sample_into_an_existing_file(assert_refused, finished, tmp_path):
     (tmp_path / "mine.png").write_bytes(b"mine")
-    refused("sample", finished, "a cat", "--out", tmp_path / "mine.png", says=("exists; choose another --out",))
-    refused("sample", finished, "a cat", "--out", tmp_path, says=("exists; choose another --out",))
+    assert_refused("sample", finished, "a cat", "--out", tmp_path / "mine.png", says=("exists; choose another --out",))
+    assert_refused("sample", finished, "a cat", "--out", tmp_path, says=("exists; choose another --out",))
 
 
-def test_sample_of_what_is_no_model(refused, tmp_path):
+def test_sample_of_what_is_no_model(assert_refused, tmp_path):
     (tmp_path / "empty").mkdir()
     out = ("--out", tmp_path / "x.png")
-    refused("sample", tmp_path / "none", "a cat", *out, says=("unknown teacher",))
-    refused("sample", tmp_path / "empty", "a cat", *out, says=("is no diffusers pipeline",))
+    assert_refused("sample", tmp_path / "none", "a cat", *out, says=("unknown teacher",))
+    assert_refused("sample", tmp_path / "empty", "a cat", *out, says=("is no diffusers pipeline",))
 
 
-def test_sample_in_no_steps(refused, finished, tmp_path):
-    refused("sample", finished, "a cat", "--steps", "0", "--out", tmp_path / "x.png", says=("must be at least 1",))
+def test_sample_in_no_steps(assert_refused, finished, tmp_path):
+    assert_refused(
+        "sample", finished, "a cat", "--steps", "0", "--out", tmp_path / "x.png", says=("must be at least 1",)
+    )
 
 
-def test_demo_into_a_folder_with_files(refused, tmp_path):
+def test_demo_into_a_folder_with_files(assert_refused, tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine.txt").write_text("mine")
-    refused("demo", "--out", tmp_path / "demo", says=("is not empty; choose another --out",))
+    assert_refused("demo", "--out", tmp_path / "demo", says=("is not empty; choose another --out",))
 
 
-def test_steps_that_no_scheduler_takes(refused, pipeline_folder, prompt_file, tmp_path):
+def test_steps_that_no_scheduler_takes(assert_refused, pipeline_folder, prompt_file, tmp_path):
     out = tmp_path / "out"
     words = ["distill", pipeline_folder, "--method", "few-step-sid", "--prompts", prompt_file, "--out", out]
     says = ("renoise=implied needs a number of steps that divides 1000, not 3",)
-    refused(*words, "--set", "student_steps=3", "--set", "renoise=implied", says=says)
+    assert_refused(*words, "--set", "student_steps=3", "--set", "renoise=implied", says=says)
     assert not out.exists()

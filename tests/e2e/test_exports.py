@@ -16,7 +16,7 @@ from torch import nn
 
 import onestroke
 from conftest import PROMPTS, tiny_pipeline
-from e2e.test_cli import UNET, check_refused, digest
+from e2e.test_cli import UNET, assert_refusal, digest
 from families import FAMILIES, pipeline_of
 from onestroke.denoiser import fused_attention, plain_attention
 from onestroke.sampling import FewStep
@@ -285,7 +285,7 @@ def test_onnx_without_a_graph_is_refused_before_loading(command, teachers, tmp_p
     few = FewStep(teacher.path, teacher.path.grid(1))
     save_student(teacher, teacher.net, few, tmp_path / "student", {"method": "none", "teacher": "x"})
     said = command("export", tmp_path / "student", "--to", "onnx", "--out", tmp_path / "out")
-    check_refused(said, f"torch cannot write a {type(teacher.net.transformer).__name__} as ONNX with a dynamic batch")
+    assert_refusal(said, f"torch cannot write a {type(teacher.net.transformer).__name__} as ONNX with a dynamic batch")
     assert not (tmp_path / "out").exists()
 
 
@@ -299,7 +299,7 @@ def test_onnx_of_what_torch_cannot_write(command, full, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", fail)
     monkeypatch.setattr(torch.export, "export", fail)
     said = command("export", full, "--to", "onnx", "--out", tmp_path / "out")
-    check_refused(said, "torch cannot write this denoiser as ONNX: no such operator\n")
+    assert_refusal(said, "torch cannot write this denoiser as ONNX: no such operator\n")
     assert said.out == ""
 
 
@@ -310,7 +310,7 @@ def test_lora_for_a_pipeline_that_takes_none(command, tmp_path):
     card = {"method": "none", "teacher": str(tmp_path / "teacher")}
     save_student(teacher, teacher.net, few, tmp_path / "student", card)
     said = command("export", tmp_path / "student", "--to", "lora", "--out", tmp_path / "out")
-    check_refused(said, "diffusers puts no LoRA weights on a PixArtSigmaPipeline; export to diffusers")
+    assert_refusal(said, "diffusers puts no LoRA weights on a PixArtSigmaPipeline; export to diffusers")
     assert not (tmp_path / "out").exists()
 
 
@@ -416,17 +416,17 @@ def test_export_fails_when_the_scheduler_takes_other_times(command, full, tmp_pa
     student = several(full, tmp_path / "student", 4)
     edit(student / "scheduler" / "scheduler_config.json", original_inference_steps=50)
     said = command("export", student, "--to", "diffusers", "--out", tmp_path / "out")
-    check_refused(said, "takes the timesteps 999,", "trained at 999, 749, 499, 249.")
+    assert_refusal(said, "takes the timesteps 999,", "trained at 999, 749, 499, 249.")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def refused(command, tmp_path):
+def assert_refused(command, tmp_path):
     def call(*words, says: tuple[str, ...]) -> None:
         before = digest(tmp_path)
-        check_refused(command("export", *words), *says)
+        assert_refusal(command("export", *words), *says)
         assert digest(tmp_path) == before
 
     return call
@@ -437,15 +437,15 @@ def test_export_writes_one_line(command, full, tmp_path):
     assert (said.code, said.out, said.err) == (0, f"diffusers: {tmp_path / 'new' / 'out'}\n", "")
 
 
-def test_export_of_what_is_no_student(refused, full, pipeline_folder, tmp_path):
+def test_export_of_what_is_no_student(assert_refused, full, pipeline_folder, tmp_path):
     out = ("--to", "diffusers", "--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "none", *out, says=("no such folder",))
-    refused(tmp_path / "empty", *out, says=("is no student",))
-    refused(pipeline_folder, *out, says=("is no student",))
-    refused(BUILT_IN / "emoji64", *out, says=("is a teacher, not a student",))
+    assert_refused(tmp_path / "none", *out, says=("no such folder",))
+    assert_refused(tmp_path / "empty", *out, says=("is no student",))
+    assert_refused(pipeline_folder, *out, says=("is no student",))
+    assert_refused(BUILT_IN / "emoji64", *out, says=("is a teacher, not a student",))
     adapter = onestroke.export(full, to="lora", out=tmp_path / "lora", rank=2)
-    refused(adapter, *out, says=("is a student exported to lora",))
+    assert_refused(adapter, *out, says=("is a student exported to lora",))
     with pytest.raises(onestroke.InputError, match="exported to lora"):
         load_student(adapter)
 
@@ -462,24 +462,26 @@ def test_export_of_what_is_no_student(refused, full, pipeline_folder, tmp_path):
         (("--to", "lora", "--base", "emoji64"), ("'emoji64' is another base", "--base")),
     ],
 )
-def test_export_words(refused, full, tmp_path, words, says):
-    refused(full, *words, "--out", tmp_path / "out", says=says)
+def test_export_words(assert_refused, full, tmp_path, words, says):
+    assert_refused(full, *words, "--out", tmp_path / "out", says=says)
 
 
-def test_export_into_a_folder_with_files(refused, full, tmp_path):
+def test_export_into_a_folder_with_files(assert_refused, full, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    refused(full, "--to", "lora", "--out", tmp_path / "out", says=("is not empty; choose another --out",))
-    refused(full, "--to", "lora", "--out", tmp_path / "out" / "mine.txt", says=("is not empty",))
-    refused(full, "--to", "lora", "--out", tmp_path / "out" / "mine.txt" / "x", says=("is a file",))
+    assert_refused(full, "--to", "lora", "--out", tmp_path / "out", says=("is not empty; choose another --out",))
+    assert_refused(full, "--to", "lora", "--out", tmp_path / "out" / "mine.txt", says=("is not empty",))
+    assert_refused(full, "--to", "lora", "--out", tmp_path / "out" / "mine.txt" / "x", says=("is a file",))
 
 
-def test_another_base_of_the_same_shape(refused, adapted, tmp_path):
+def test_another_base_of_the_same_shape(assert_refused, adapted, tmp_path):
     other = tmp_path / "other"
     tiny_pipeline(seed=1).save_pretrained(other)
-    refused(adapted, "--to", "lora", "--base", other, "--out", tmp_path / "out", says=("is another base", "--base"))
+    assert_refused(
+        adapted, "--to", "lora", "--base", other, "--out", tmp_path / "out", says=("is another base", "--base")
+    )
     edit(shutil.copytree(adapted, tmp_path / "moved") / "onestroke.json", teacher=str(tmp_path / "gone"))
-    refused(
+    assert_refused(
         tmp_path / "moved",
         "--to",
         "lora",
@@ -489,6 +491,6 @@ def test_another_base_of_the_same_shape(refused, adapted, tmp_path):
     )
 
 
-def test_onnx_without_the_extra(refused, full, tmp_path, monkeypatch):
+def test_onnx_without_the_extra(assert_refused, full, tmp_path, monkeypatch):
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
-    refused(full, "--to", "onnx", "--out", tmp_path / "out", says=("pip install 'onestroke[onnx]'",))
+    assert_refused(full, "--to", "onnx", "--out", tmp_path / "out", says=("pip install 'onestroke[onnx]'",))

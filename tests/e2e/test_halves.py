@@ -41,7 +41,7 @@ def whole_and_halved(net, x, cond):
         yield est.x0.flatten(), est.eps.flatten(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)
 
 
-def check_halves(net, x, cond):
+def assert_halves(net, x, cond):
     """The estimate bit for bit, and the gradient to rounding: that of the time's embedding comes from both halves."""
     whole, halved = whole_and_halved(net.double(), x.double(), cond)
     assert len(whole) > 3
@@ -64,13 +64,13 @@ def test_the_halves_make_the_whole(name, kind, teachers):
         net.unet.enable_gradient_checkpointing()
         net.train()
     cond = teacher.encode(["a red square", "rain"])
-    check_halves(net, SeededNoise(2, 0).normal(teacher.shape), cond)
+    assert_halves(net, SeededNoise(2, 0).normal(teacher.shape), cond)
 
 
 def test_an_uneven_picture_is_no_matter(pipeline_folder):
     teacher = PipelineTeacher.load(pipeline_folder)
     net = UNetDenoiser(teacher.net.unet, teacher.path, "v").requires_grad_(True)
-    check_halves(net, torch.randn(2, 4, 5, 7), teacher.encode(PROMPTS[:2]))
+    assert_halves(net, torch.randn(2, 4, 5, 7), teacher.encode(PROMPTS[:2]))
 
 
 def replaying(unet):

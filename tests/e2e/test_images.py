@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import onestroke as library
-from e2e.test_cli import check_refused, digest
+from e2e.test_cli import assert_refusal, digest
 from onestroke import methods
 from onestroke.errors import InputError
 from onestroke.images import open_image, read_images
@@ -120,7 +120,7 @@ def test_a_run_on_pictures(onestroke, regress, folder, pipeline_folder, tmp_path
     assert onestroke(*more).code == 0
     assert (out / "images.safetensors").stat().st_mtime_ns == before
     Image.new("RGB", (32, 16), "green").save(folder / "one.png")
-    check_refused(onestroke(*more), "holds another run: its images_sha256")
+    assert_refusal(onestroke(*more), "holds another run: its images_sha256")
 
 
 def test_a_method_without_need_of_images_takes_the_captions(onestroke, folder, pipeline_folder, tmp_path):
@@ -195,7 +195,7 @@ def one_row_less(path):
 def test_bad_pictures(onestroke, regress, folder, pipeline_folder, tmp_path, file, harm, says):
     harm(folder / file)
     before = digest(tmp_path)
-    check_refused(onestroke(*words(pipeline_folder, regress, folder, tmp_path / "run")), *says)
+    assert_refusal(onestroke(*words(pipeline_folder, regress, folder, tmp_path / "run")), *says)
     assert digest(tmp_path) == before
 
 
@@ -204,16 +204,16 @@ def test_a_jpeg_that_breaks_off(onestroke, regress, folder, pipeline_folder, tmp
     Image.effect_noise((64, 64), 50).save(folder / "two.jpg")
     (folder / "two.jpg").write_bytes((folder / "two.jpg").read_bytes()[:-200])
     said = onestroke(*words(pipeline_folder, regress, folder, tmp_path / "run"))
-    check_refused(said, "two.jpg cannot be read as a picture")
+    assert_refusal(said, "two.jpg cannot be read as a picture")
     assert not (tmp_path / "run").exists()
 
 
 def test_prompts_or_images(onestroke, regress, folder, pipeline_folder, prompt_file, tmp_path):
     base = ["distill", pipeline_folder, "--method", regress, "--out", tmp_path / "run"]
     before = digest(tmp_path)
-    check_refused(onestroke(*base), "give either --prompts, or --images")
+    assert_refusal(onestroke(*base), "give either --prompts, or --images")
     both = ("--prompts", prompt_file, "--images", folder)
-    check_refused(onestroke(*base, *both), "give either --prompts, or --images")
-    check_refused(onestroke(*base, "--prompts", prompt_file), "'regress' needs real images with captions", "--images")
-    check_refused(onestroke(*base, "--images", tmp_path / "none"), "no such image folder")
+    assert_refusal(onestroke(*base, *both), "give either --prompts, or --images")
+    assert_refusal(onestroke(*base, "--prompts", prompt_file), "'regress' needs real images with captions", "--images")
+    assert_refusal(onestroke(*base, "--images", tmp_path / "none"), "no such image folder")
     assert digest(tmp_path) == before

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_pipeline
-from e2e.test_cli import SMALL, UNET, check_refused, digest
+from e2e.test_cli import SMALL, UNET, assert_refusal, digest
 from onestroke import load_teacher, pairs
 from onestroke.denoiser import Guided
 from onestroke.method import Parts
@@ -117,7 +117,7 @@ def test_a_resumed_run_reads_its_own(run):
 )
 def test_pairs_made_otherwise(run, given, says):
     folder, more = run
-    check_refused(more("other", "--pairs", folder / "pairs", *given), says)
+    assert_refusal(more("other", "--pairs", folder / "pairs", *given), says)
     assert not (folder.parent / "other").exists()
 
 
@@ -125,10 +125,10 @@ def test_pairs_of_another_teacher_or_other_prompts(run, tmp_path):
     folder, more = run
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "teacher")
     said = more("other", "--pairs", folder / "pairs", teacher=tmp_path / "teacher")
-    check_refused(said, "holds the pairs of another teacher; give another --pairs")
+    assert_refusal(said, "holds the pairs of another teacher; give another --pairs")
     (tmp_path / "prompts").write_text("a fish\n")
     said = more("other", "--pairs", folder / "pairs", prompts=tmp_path / "prompts")
-    check_refused(said, "holds other pairs: their prompts_sha256")
+    assert_refusal(said, "holds other pairs: their prompts_sha256")
 
 
 def test_the_last_bits_of_what_a_machine_computes_do_not_matter():
@@ -150,14 +150,14 @@ def test_broken_pairs(run):
     file = folder / "pairs" / "00000.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:50])
-    check_refused(more("other", "--pairs", folder / "pairs"), "00000.safetensors is broken", "delete it")
+    assert_refusal(more("other", "--pairs", folder / "pairs"), "00000.safetensors is broken", "delete it")
     save_file({"noise": torch.zeros(4, 4, 4, 2), "x0": torch.zeros(4, 4, 4, 2)}, file)
-    check_refused(more("other", "--pairs", folder / "pairs"), "holds pairs of shape (4, 4, 2), not (4, 4, 4)")
+    assert_refusal(more("other", "--pairs", folder / "pairs"), "holds pairs of shape (4, 4, 2), not (4, 4, 4)")
     (folder / "pairs" / "pairs.json").write_text("{")
-    check_refused(more("other", "--pairs", folder / "pairs"), "is not valid JSON")
+    assert_refusal(more("other", "--pairs", folder / "pairs"), "is not valid JSON")
 
 
 def test_pairs_that_nobody_needs(run, prompt_file):
     _, more = run
-    check_refused(more("other", "--pairs", prompt_file.parent, method="swiftbrush", more=()), "needs no pairs")
-    check_refused(more("other", "--pairs", prompt_file), "is a file; give a folder of pairs")
+    assert_refusal(more("other", "--pairs", prompt_file.parent, method="swiftbrush", more=()), "needs no pairs")
+    assert_refusal(more("other", "--pairs", prompt_file), "is a file; give a folder of pairs")

@@ -202,7 +202,7 @@ def test_a_run_takes_a_function(pipeline_folder, prompt_file, tmp_path):
 
 
 @pytest.fixture
-def refused(monkeypatch, prompt_file, tmp_path):
+def assert_refused(monkeypatch, prompt_file, tmp_path):
     """distill(teacher, reward=...) must be refused without loading, and write nothing."""
 
     def never(*args, **kwargs):
@@ -219,16 +219,18 @@ def refused(monkeypatch, prompt_file, tmp_path):
     return call
 
 
-def test_a_teacher_without_a_tower(refused, pipeline_folder):
-    refused(pipeline_folder, "has no image tower that pairs with its text encoder; give one: reward=clip:<folder")
+def test_a_teacher_without_a_tower(assert_refused, pipeline_folder):
+    assert_refused(
+        pipeline_folder, "has no image tower that pairs with its text encoder; give one: reward=clip:<folder"
+    )
 
 
-def test_a_tower_of_another_width(refused, towered_folder, tmp_path):
+def test_a_tower_of_another_width(assert_refused, towered_folder, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(towered_folder, folder)
     config = folder / "image_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_dim": 24}))
-    refused(folder, "has no image tower that pairs with its text encoder")
+    assert_refused(folder, "has no image tower that pairs with its text encoder")
 
 
 @pytest.mark.parametrize(
@@ -239,8 +241,8 @@ def test_a_tower_of_another_width(refused, towered_folder, tmp_path):
         ("clip:/no/where", "no such CLIP folder or hub id."),
     ],
 )
-def test_a_reward_that_is_none(refused, pipeline_folder, reward, says):
-    refused(pipeline_folder, says, reward=reward)
+def test_a_reward_that_is_none(assert_refused, pipeline_folder, reward, says):
+    assert_refused(pipeline_folder, says, reward=reward)
 
 
 @pytest.mark.parametrize(
@@ -252,21 +254,21 @@ def test_a_reward_that_is_none(refused, pipeline_folder, reward, says):
         ("tokenizer_config.json", "lacks tokenizer_config.json"),
     ],
 )
-def test_a_clip_folder_that_lacks_a_file(refused, pipeline_folder, clip_folder, tmp_path, name, says):
+def test_a_clip_folder_that_lacks_a_file(assert_refused, pipeline_folder, clip_folder, tmp_path, name, says):
     folder = tmp_path / "clip"
     shutil.copytree(clip_folder, folder)
     (folder / name).unlink()
-    refused(pipeline_folder, says, reward=f"clip:{folder}")
+    assert_refused(pipeline_folder, says, reward=f"clip:{folder}")
 
 
-def test_a_folder_of_another_model(refused, pipeline_folder, tmp_path):
+def test_a_folder_of_another_model(assert_refused, pipeline_folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    refused(pipeline_folder, "holds a 'bert' model; a reward reads 'clip'", reward=f"clip:{tmp_path}")
+    assert_refused(pipeline_folder, "holds a 'bert' model; a reward reads 'clip'", reward=f"clip:{tmp_path}")
 
 
-def test_a_method_that_reads_no_reward(refused, pipeline_folder):
+def test_a_method_that_reads_no_reward(assert_refused, pipeline_folder):
     says = "'swiftbrush' reads no reward; leave reward='clip:a/b' out"
-    refused(pipeline_folder, says, "swiftbrush", reward="clip:a/b")
+    assert_refused(pipeline_folder, says, "swiftbrush", reward="clip:a/b")
 
 
 def test_a_clip_model_without_some_of_its_weights(clip_folder, pipeline_folder, tmp_path):

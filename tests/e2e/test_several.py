@@ -209,7 +209,7 @@ def test_the_command_line_draws_with_them(clustered, onestroke, tmp_path):
 
 
 @pytest.fixture
-def refused(monkeypatch, pipeline_folder, tmp_path):
+def assert_refused(monkeypatch, pipeline_folder, tmp_path):
     """distill(...) must be refused before anything is loaded."""
 
     def never(*args, **kwargs):
@@ -225,38 +225,38 @@ def refused(monkeypatch, pipeline_folder, tmp_path):
     return call
 
 
-def test_more_students_than_prompts(refused):
-    refused("2 distinct prompts are too few for students=3", prompts=["a", "b", "a"], students=3)
+def test_more_students_than_prompts(assert_refused):
+    assert_refused("2 distinct prompts are too few for students=3", prompts=["a", "b", "a"], students=3)
 
 
-def test_no_students(refused):
-    refused("students=0 must be at least 1", prompts=PROMPTS, students=0)
+def test_no_students(assert_refused):
+    assert_refused("students=0 must be at least 1", prompts=PROMPTS, students=0)
 
 
-def test_with_images_or_pairs_of_all(refused, tmp_path):
+def test_with_images_or_pairs_of_all(assert_refused, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("rain\n")
     for given in ({"images": tmp_path}, {"prompts": PROMPTS, "pairs": tmp_path / "pairs", "method": "instaflow"}):
-        refused("students=2 learn from --prompts alone", students=2, **given)
+        assert_refused("students=2 learn from --prompts alone", students=2, **given)
 
 
-def test_a_folder_of_one_file(refused, tmp_path):
+def test_a_folder_of_one_file(assert_refused, tmp_path):
     (tmp_path / "a.txt").write_text("rain\n")
-    refused(r"holds 1 prompt files \(\*\.txt\); give one per student", prompts=tmp_path)
+    assert_refused(r"holds 1 prompt files \(\*\.txt\); give one per student", prompts=tmp_path)
 
 
-def test_another_number_than_the_files(refused, shares):
+def test_another_number_than_the_files(assert_refused, shares):
     for count in (1, 3):
-        refused(f"students={count}, and there are 2 prompt files", prompts=shares, students=count)
+        assert_refused(f"students={count}, and there are 2 prompt files", prompts=shares, students=count)
 
 
-def test_a_prompt_in_two_files(refused, shares, tmp_path):
+def test_a_prompt_in_two_files(assert_refused, shares, tmp_path):
     for file in shares.iterdir():
         shutil.copy(file, tmp_path)
     (tmp_path / "c.txt").write_text("snow\nrain\n")
-    refused("'rain' stands in b.txt and in c.txt", prompts=tmp_path)
+    assert_refused("'rain' stands in b.txt and in c.txt", prompts=tmp_path)
 
 
 def test_several_students_are_no_one_student(clustered, tmp_path):

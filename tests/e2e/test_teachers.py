@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     return lambda: list((tmp_path / "cache").rglob("*"))
 
 
-def same(one, other) -> bool:
+def assert_same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
@@ -34,16 +34,16 @@ def same(one, other) -> bool:
 def test_encoders_leave_memory_and_come_back(name, teachers, cache):
     teacher = PipelineTeacher.load(teachers[name].source, size=FAMILIES[name].size)
     before, null = teacher.conditions(PROMPTS), teacher.null
-    assert same(before, teacher.encode(PROMPTS))
+    assert assert_same(before, teacher.encode(PROMPTS))
     assert torch.equal(before["text"][0], before["text"][2])
     teacher.park()
     held = [p for encoder in teacher.encoders.values() for p in encoder.parameters()]
     assert held
     assert all(p.is_meta for p in held)
-    assert same(teacher.conditions(PROMPTS), before)
+    assert assert_same(teacher.conditions(PROMPTS), before)
     assert teacher.parked, "what is kept on disk needs no encoder"
-    assert same(teacher.null, null)
-    assert same(teacher.encode(PROMPTS), before)
+    assert assert_same(teacher.null, null)
+    assert assert_same(teacher.encode(PROMPTS), before)
     assert not teacher.parked
     assert not any(p.is_meta for encoder in teacher.encoders.values() for p in encoder.parameters())
 
@@ -56,9 +56,9 @@ def test_encoded_prompts_are_found_by_content(cache, caplog):
     assert load_file(file)["text"].shape[0] == 2, "every prompt once"
     again = PipelineTeacher(pipeline_of("sd15"), "two")
     again.caller.encode = None  # it must not be asked
-    assert same(again.conditions(PROMPTS), found)
+    assert assert_same(again.conditions(PROMPTS), found)
     file.write_bytes(file.read_bytes()[:-9])
-    assert same(PipelineTeacher(pipeline_of("sd15"), "one").conditions(PROMPTS), found)
+    assert assert_same(PipelineTeacher(pipeline_of("sd15"), "one").conditions(PROMPTS), found)
     other = PipelineTeacher(pipeline_of("sd15"), "one")
     next(other.pipeline.text_encoder.parameters()).data.view(-1)[-1] += 1
     assert other.identity != teacher.identity
@@ -102,7 +102,7 @@ def test_distilling_in_another_size(name, method, steps, more, teachers, tmp_pat
     before, after = (load_file(f / teachers[name].part / WEIGHTS) for f in (source, out))
     assert any(not torch.equal(v, after[k]) for k, v in before.items())
     for encoder in teachers[name].encoders:
-        assert same(*(load_file(folder / encoder / "model.safetensors") for folder in (out, source)))
+        assert assert_same(*(load_file(folder / encoder / "model.safetensors") for folder in (out, source)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contract.build import build, data, mixture, settings_of, small_net, snapshot
-from contract.test_methods import same
+from contract.test_methods import assert_same
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import Batch, play
@@ -127,7 +127,7 @@ def test_without_records_it_is_the_method_it_leads():
             for _ in range(3):
                 trainer.one_round(0.0)
             found.append(snapshot(trainer))
-        same(*found)
+        assert_same(*found)
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"lora_rank": {"*": 2}, "lora_targets": ["enter"]}])
@@ -149,7 +149,7 @@ def test_stop_and_resume_on_the_way_is_bit_equal(changes, tmp_path):
         stopped.save()
     (tmp_path / "run").rename(tmp_path / "done")
     straight = trainer(8)
-    same(snapshot(stopped), snapshot(straight))
+    assert_same(snapshot(stopped), snapshot(straight))
     assert torch.equal(stopped.method.trail, straight.method.trail)
     assert len(straight.method.trail) == 2
     assert not torch.equal(*straight.method.trail)

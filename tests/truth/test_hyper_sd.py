@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from contract.build import build, data, settings_of, snapshot
-from contract.test_methods import same
+from contract.test_methods import assert_same
 from onestroke.errors import InputError
 from onestroke.methods.consistency.hyper_sd import HyperSD
 from onestroke.training.train import Trainer
@@ -210,8 +210,8 @@ def test_with_scores_a_run_can_be_split_and_resumed(tmp_path):
     straight = snapshot(run(tmp_path / "straight", 6))
     for stop in (1, 4, 6):
         stopped = run(tmp_path / "stopped", stop)
-    same(snapshot(stopped), straight)
-    same(snapshot(run(tmp_path / "split", 6, 4, 2)), straight, 1e-10)
+    assert_same(snapshot(stopped), straight)
+    assert_same(snapshot(run(tmp_path / "split", 6, 4, 2)), straight, 1e-10)
 
 
 def guided(cls):

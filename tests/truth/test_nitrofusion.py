@@ -131,7 +131,7 @@ def state_of(trainer):
     return found
 
 
-def same(one, two):
+def assert_same(one, two):
     return all(torch.equal(v, two[k]) for k, v in one.items())
 
 
@@ -155,7 +155,7 @@ def the_others_rest(module, accumulate=1):
         after, (row,) = state_of(trainer), rows[0]
         fresh = turns[-1].fresh
         began = {int(name.split(".")[1]) for name in fresh}
-        assert {k for k in after if not same(before[k], after[k])} == {row} | began
+        assert {k for k in after if not assert_same(before[k], after[k])} == {row} | began
         for name, value in fresh.items():
             assert torch.equal(after[int(name.split(".")[1])][name], value.double())
             for kind in ("step", "exp_avg", "exp_avg_sq"):
