@@ -68,10 +68,9 @@ def measure(model: PipelineTeacher, batch_size: int, args: argparse.Namespace) -
     if args.channels_last:
         for part in (model.pipeline.unet, model.pipeline.vae):
             part.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.net.taps = ()
-        model.pipeline.unet.compile()
     student = Student(model, {"student_steps": 1})
+    if args.compile:
+        model.pipeline.unet.compile()
     cond = model.encode(["a red apple"] * batch_size)
     noise = torch.randn(batch_size, *model.shape)
     works = (lambda: model.decode(student.latents(cond)), bare(model, cond, noise))

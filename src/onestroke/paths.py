@@ -10,8 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,10 +167,14 @@ class Table(Path):
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @cached_property
+    def _angles(self) -> np.ndarray:
+        table = np.array(self.alphas_cumprod)
+        return np.arctan2(np.sqrt((1 - table).clip(0)), np.sqrt(table))
+
     def angles(self, device: torch.device) -> Tensor:
         """atan2(b, a) of every entry, increasing, float64 (N,)."""
-        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=device)
-        return torch.atan2((1 - table).clamp_min(0).sqrt(), table.sqrt())
+        return torch.tensor(self._angles, device=device)
 
     def ab(self, t):
         angles = self.angles(t.device)

@@ -102,6 +102,7 @@ class Student:
 
     def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
         self.model, self.card, self.folder = model, card, folder
+        model.net.taps = ()  # drawing needs no features, and a compiled graph must not change with hooks
         how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
         self.few = FewStep(model.path, model.path.grid(card["student_steps"]), **how)
 
@@ -221,7 +222,6 @@ def load_student(
         for part in (getattr(model.pipeline, model.part), model.pipeline.vae):
             part.to(memory_format=torch.channels_last)
     if compile:
-        model.net.taps = ()  # a graph must not change with hooks, and drawing needs no features
         getattr(model.pipeline, model.part).compile()
     return Student(model, copy.deepcopy(card), folder)
 

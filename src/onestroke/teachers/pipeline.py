@@ -435,7 +435,7 @@ class PipelineTeacher:
 
     def picture(self, x0: Tensor) -> Tensor:
         """`decode` with gradient."""
-        z = x0.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
+        z = x0.to(next(self.pipeline.vae.parameters()))
         z = z if self.call.order is None else self._packed(z)
         factor, shift = self._scaling(z)
         images = self.pipeline.vae.decode(z / factor + shift, return_dict=False)[0]
