@@ -181,19 +181,19 @@ MU, S = tensor(0.7, -1.1), tensor(0.4, 1.7)
 M, TAU = tensor(-0.3, 0.5), tensor(1.2, 0.6)
 
 
-def vsd_is_the_closed_form(swiftbrush, path, prediction, a, b):
-    """Sheet 4, item 7, per dimension and for any (a, b): with w = b^2 / (a^2 + b^2), P = a^2 tau^2 + b^2 and
+def vsd_is_the_closed_form(swiftbrush, path, prediction, a, b, **options):
+    """Sheet 4, item 7, per dimension and for any (a, b): with w = sigma^2 = b^2 / (a^2 + b^2), P = a^2 tau^2 + b^2 and
     Q = a^2 s^2 + b^2, E[g] = w a b (mu - m) / P and E[g z] = w a b s (1/P - 1/Q); both over D."""
     teacher = GaussianMixture(path, M[None], TAU[None], prediction=prediction)
     fake = GaussianMixture(path, MU[None], S[None], prediction=prediction)
     student = Affine(path, MU, S)
     z, e = fourfold(2)
-    method = swiftbrush(parts(path, teacher, student, fake))
+    method = swiftbrush(parts(path, teacher, student, fake), **options)
     with at(T):
         turn = next(method.step(Batch(z, labels(4), Given(e)), 0))
     assert turn.player == "student"
     sum(turn.terms.values()).backward()
-    w = b**2 / (a**2 + b**2)
+    w = (b**2 / (a**2 + b**2)) ** (options.get("sigma_power", 2) / 2)
     big_p, big_q = a**2 * TAU**2 + b**2, a**2 * S**2 + b**2
     close(student.mu.grad, w * a * b * (MU - M) / big_p / 2)
     close(student.s.grad, w * a * b * S * (1 / big_p - 1 / big_q) / 2)

@@ -92,7 +92,8 @@ MUTANTS = [
     # the student's turn
     (SWIFT, "real.eps - fake.eps", "fake.eps - real.eps", vsd),
     (SWIFT, "real.eps - fake.eps", "real.x0 - fake.x0", vsd),
-    (SWIFT, "sigma**2 *", "sigma *", vsd),
+    (SWIFT, "sigma**self.sigma_power *", "sigma *", vsd),
+    (SWIFT, "sigma_power: float = 2.0", "sigma_power: float = 1.0", vsd),
     (SWIFT, "self.path.unit_ab(t)[1], x)", "self.path.ab(t)[1] * 1.01, x)", vsd),
     (SWIFT, "self.path.mix(x, draw.normal(x), t)", "self.path.mix(x, 0 * draw.normal(x), t)", guided),
     (SWIFT, NETS, NETS.replace("real, fake =", "fake, real ="), vsd),

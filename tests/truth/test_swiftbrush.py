@@ -27,6 +27,12 @@ def test_vsd_is_the_closed_form(name, prediction):
 
 
 @each
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_vsd_under_another_weight_is_the_closed_form(name, power):
+    checks.vsd_is_the_closed_form(SwiftBrush, make_path(name), "x0", *hand_ab(name), sigma_power=power)
+
+
+@each
 def test_vsd_is_the_closed_form_under_guidance(name):
     checks.guided_vsd_is_the_closed_form(SwiftBrush, make_path(name), *hand_ab(name))
 

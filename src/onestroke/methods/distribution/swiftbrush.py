@@ -22,6 +22,8 @@ class SwiftBrush(Method):
     lo, hi: unit times of the student's turn (published: 20 to 980 of 1000). null_rate: published 0.1. alpha_power: of
     alpha in the weight of the fake's eps error (published: 2). Ours: 0, the plain eps error, as in DMD2, teaches the
     fake the noisy half of the path as well; on exact teachers it brings the student twice as near to the truth.
+    sigma_power: of sigma in the weight of the student's direction (published: 2). Ours: 0 weighs the clean half of the
+    path more, and flat grounds become clean in fewer rounds; the law at which it vanishes is the same.
     Published settings (SD 2.1-base): guidance 4.5, Adam 1e-6 for the student and 1e-3 for the LoRA of rank 64, clip 1.
     """
 
@@ -38,12 +40,19 @@ class SwiftBrush(Method):
     }
 
     def __init__(
-        self, parts: Parts, lo: float = 0.02, hi: float = 0.98, null_rate: float = 0.1, alpha_power: float = 2.0
+        self,
+        parts: Parts,
+        lo: float = 0.02,
+        hi: float = 0.98,
+        null_rate: float = 0.1,
+        alpha_power: float = 2.0,
+        sigma_power: float = 2.0,
     ):
         super().__init__(parts)
         self.student, self.fake, self.teacher = parts.student, parts.copy("fake"), parts.teacher
         self.few, self.path, self.guide, self.null = parts.few, parts.path, parts.guide, parts.null
-        self.lo, self.hi, self.null_rate, self.alpha_power = lo, hi, null_rate, alpha_power
+        self.lo, self.hi, self.null_rate = lo, hi, null_rate
+        self.alpha_power, self.sigma_power = alpha_power, sigma_power
 
     def step(self, batch: Batch, step: int):
         cond, draw = batch.cond, batch.draw
@@ -53,7 +62,7 @@ class SwiftBrush(Method):
         with torch.no_grad():
             real, fake = self.guide(self.teacher)(xt, t, cond), self.guide(self.fake)(xt, t, cond)
         sigma = like(self.path.unit_ab(t)[1], x)
-        yield Turn("student", {"vsd": terms.descend(x, sigma**2 * (real.eps - fake.eps))})
+        yield Turn("student", {"vsd": terms.descend(x, sigma**self.sigma_power * (real.eps - fake.eps))})
 
         if draw.shared() < self.null_rate:
             cond = dropped(cond, self.null, torch.ones_like(t, dtype=torch.bool))
