@@ -1,4 +1,4 @@
-"""What the stages of the emoji64 recipe share: the data split and one resumable training loop."""
+"""What the stages of the emoji64 recipe share: the data, its split and poses, and one resumable training loop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 HELD_OUT = 0.05
+SIZE, TILT = (0.65, 0.95), math.radians(15)
+POSES = 16
 STYLES = {
     "fluent3d": "fluent 3d",
     "fluentflat": "fluent flat",
@@ -48,6 +51,33 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
+def posed(images: Tensor) -> Tensor:
+    """Every image (N, 3, 64, 64) in -1..1 at a random size, tilt and place on its white ground."""
+    size, tilt, x, y = torch.rand(4, len(images), device=images.device)
+    size, tilt = SIZE[0] + (SIZE[1] - SIZE[0]) * size, TILT * (2 * tilt - 1)
+    x, y = ((2 * v - 1) * (1 - size) for v in (x, y))
+    c, s = tilt.cos() / size, tilt.sin() / size
+    rows = (torch.stack([c, s, -c * x - s * y], 1), torch.stack([-s, c, s * x - c * y], 1))
+    grid = F.affine_grid(torch.stack(rows, 1), [len(images), 3, 128, 128], align_corners=False)
+    ink = F.interpolate(images - 1, scale_factor=2, mode="bicubic")  # zero is white, also beyond the border
+    return (F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2) + 1).clamp(-1, 1)
+
+
+@torch.no_grad()
+def posed_latents(vae: nn.Module, images: Tensor, path: Path, device: str) -> Tensor:
+    """Latents (POSES, N, 16, 8, 8), float16, of uint8 images (N, 3, 64, 64) in as many random poses; kept at `path`."""
+    if not path.exists():
+        torch.manual_seed(0)
+        vae, found = vae.to(device, memory_format=torch.channels_last), []
+        for part in (part for _ in range(POSES) for part in images.split(256)):
+            x = posed(to_float(part.to(device))).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device, torch.bfloat16):
+                z = vae.encode(x).latents
+            found.append((z.float() * vae.config.scaling_factor).half().cpu())
+        save_file({"latents": torch.cat(found).unflatten(0, (POSES, -1)).contiguous()}, path)
+    return load_file(path)["latents"].to(device)
+
+
 def arguments(stage: str, steps: int, **more) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=stage)
     parser.add_argument("--data", type=Path, required=True, help="folder written by data.py")
@@ -76,10 +106,10 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix to g (m, n), roughly, by the quintic Newton-Schulz iteration of Muon."""
     x = g.bfloat16() / (g.norm() + 1e-7)
     if tall := len(x) > x.shape[1]:
-        x = x.T
+        x = x.T.contiguous()
     for _ in range(steps):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.T if tall else x).to(g)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import arguments, caption, load_data, train
+from common import POSES, arguments, caption, load_data, posed_latents, train
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging
 from torch import Tensor
@@ -30,7 +30,7 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-from unet import BARE, EMPTY, encode_images
+from unet import BARE, EMPTY
 
 LENGTH = 16  # tokens; of the captions 0.2 % are longer
 ZEROS = 256  # tokens of T5
@@ -142,12 +142,12 @@ def main() -> None:
         [part.to(args.device) for part in encode_texts(pipeline, texts)]
         for texts in (captions, [c.split(", ", 1)[1] for c in captions], [""])
     ]
-    latents = encode_images(pipeline.vae, images).to(args.device)
+    latents = posed_latents(pipeline.vae, images, args.work / "latents.safetensors", args.device)
     seen, unseen = (torch.from_numpy(m.nonzero()[0]) for m in (~out, out))
     net.to(args.device).set_attn_processor(Counted())
 
     def error(i: Tensor, context: list[Tensor], t: Tensor) -> Tensor:
-        x0 = latents[i]
+        x0 = latents[torch.randint(POSES, i.shape), i].float()
         noise, at = torch.randn(x0.shape).to(x0), t[:, None, None, None]
         with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             v = net((1 - at) * x0 + at * noise, context[0], context[1], 1000 * t).sample

@@ -13,7 +13,7 @@ from pathlib import Path
 import flow
 import torch
 import unet
-from common import STYLES, caption, load_data, to_float
+from common import STYLES, caption, load_data, posed, to_float
 from safetensors.torch import save_file
 
 from onestroke.metrics import REFERENCES, LiteFeatures, psnr
@@ -48,7 +48,8 @@ A small text-to-image latent diffusion model in the standard `{pipeline}` format
 |---|---|---|
 {parts}
 
-Trained by `recipes/emoji64/` on {seen} images of {concepts} emoji concepts in five styles; {unseen} images of 5 % of
+Trained by `recipes/emoji64/` on {seen} images of {concepts} emoji concepts in five styles, each at random sizes, tilts
+and places: the caption says what is drawn, the noise how it lies. {unseen} images of 5 % of
 the concepts were held out (by concept, never by image). Held-out reconstruction: {psnr:.2f} dB, the mean of the images'
 PSNR ({pooled:.2f} dB from the pooled squared error).{beside}
 
@@ -85,6 +86,9 @@ def main() -> None:
         vae.half()
     each, pooled = psnr(back / 2 + 0.5, unseen / 2 + 0.5)
     pipeline.save_pretrained(args.out)
+    for file in args.out.glob("*/config.json"):  # diffusers writes where a part was read
+        kept = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+        file.write_text(json.dumps(kept, indent=2) + "\n")
 
     names = sorted({r["caption"].lower() for r, h in zip(rows, held, strict=True) if not h})
     prompts = [f"{style}, {name}" for name in names for style in STYLES.values()]
@@ -97,13 +101,14 @@ def main() -> None:
 
     seen = torch.from_numpy((~held).nonzero()[0])
     chosen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:REFERENCE]]
-    features = LiteFeatures().of(to_float(images[chosen]) / 2 + 0.5)
+    torch.manual_seed(0)
+    features = LiteFeatures().of(posed(to_float(images[chosen])) / 2 + 0.5)
     REFERENCES.mkdir(exist_ok=True)
-    save_file({"features": features.half()}, REFERENCES / "emoji64.safetensors")
+    save_file({"features": features.half()}, REFERENCES / f"{args.out.name}.safetensors")
 
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     about = {
-        "summary": "emoji in five styles, from 'style, name'",
+        "summary": "emoji in five styles, in any pose, from 'style, name'",
         "resolution": 64,
         "parameters": sum(counts.values()),
         "pipeline": type(pipeline).__name__,

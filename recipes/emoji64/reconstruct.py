@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import load_data, to_float
+from common import load_data, posed, to_float
 
 from onestroke.metrics import LiteFeatures, kid, reference_features
 from onestroke.teachers import load_teacher
@@ -23,7 +23,8 @@ def main() -> None:
     images, _, held = load_data(args.data)
     seen = torch.from_numpy((~held).nonzero()[0])
     chosen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(5))[: args.count]]
-    real, teacher, extract = to_float(images[chosen]), load_teacher("emoji64"), LiteFeatures()
+    torch.manual_seed(6)
+    real, teacher, extract = posed(to_float(images[chosen])), load_teacher("emoji64"), LiteFeatures()
     with torch.no_grad():
         again = teacher.decode(teacher.pipeline.vae.encode(real).latents)
     reference, _ = reference_features("emoji64")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import caption, load_data
+from common import caption, load_data, posed, to_float
 from PIL import Image
 
 from onestroke import distill, load_student, load_teacher
@@ -53,13 +53,15 @@ EfficientNet-Lite0 features against real images (smaller is better) and retrieva
 
 
 def write_images(data: Path, folder: Path) -> Path:
-    """The seen images and their captions as a folder that `distill(images=...)` reads."""
+    """The seen images, each in a pose of its own, and their captions as a folder that `distill(images=...)` reads."""
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         images, rows, held = load_data(data)
+        torch.manual_seed(0)
+        drawn = torch.cat([posed(to_float(part)) for part in images.split(256)]).add(1).mul(127.5).round().byte()
         lines = []
         for k in (~held).nonzero()[0]:
-            Image.fromarray(images[k].permute(1, 2, 0).numpy()).save(folder / f"{k:05}.png")
+            Image.fromarray(drawn[k].permute(1, 2, 0).numpy()).save(folder / f"{k:05}.png")
             lines.append(json.dumps({"file_name": f"{k:05}.png", "text": caption(rows[k])}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -79,7 +81,7 @@ def main() -> None:
     prompts, file = read_prompts(folder / "prompts.txt"), args.out / "table.json"
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(SCORE_SEED))[: args.count]
     chosen = [prompts[i] for i in order]
-    extract, (reference, _) = LiteFeatures(), reference_features("emoji64")
+    extract, (reference, _) = LiteFeatures(), reference_features(args.teacher)
     towers, teacher = load_teacher("emoji64").pipeline, load_teacher(args.teacher)
     images = write_images(args.data, args.out / "images")
     table = json.loads(file.read_text()) if file.is_file() else {}

@@ -1,7 +1,8 @@
 """Stage 2: tokenizer, text tower and image tower, trained as a pair by the symmetric contrastive loss of CLIP.
 
 The text tower's pooled state is the joint embedding itself (no text projection), so that the text encoder of the
-pipeline and the image encoder beside it are all that a retrieval score needs.
+pipeline and the image encoder beside it are all that a retrieval score needs. `--start PIPELINE` continues the image
+tower of a saved pipeline alone; its text tower, and so every denoiser that reads it, stays as it is.
 
     python recipes/emoji64/towers.py --data DATA --work WORK
 """
@@ -13,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from common import STYLES, arguments, caption, load_data, to_float, train
+from common import STYLES, arguments, caption, load_data, posed, to_float, train
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -92,19 +93,19 @@ class Towers(nn.Module):
 
 
 def jittered(images: Tensor) -> Tensor:
-    """A random shift, brightness and contrast, and a little noise, per image."""
-    padded = F.pad(images, (6, 6, 6, 6), value=1.0)
-    corner = torch.randint(0, 13, (len(images), 2)).tolist()
-    images = torch.stack([p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, corner, strict=True)])
+    """A random pose, brightness and contrast, and a little noise, per image."""
     gain, bias = torch.rand(2, len(images), 1, 1, 1).to(images)
-    return images * (0.8 + 0.4 * gain) + 0.3 * (bias - 0.5) + 0.05 * torch.randn_like(images)
+    return posed(images) * (0.8 + 0.4 * gain) + 0.3 * (bias - 0.5) + 0.05 * torch.randn_like(images)
 
 
 def main() -> None:
     args = arguments(__doc__, steps=600, batch=256)
     images, rows, out = load_data(args.data)
     captions = [caption(r) for r in rows]
-    tokenizer = make_tokenizer([c for c, o in zip(captions, out, strict=True) if not o])
+    if args.start:
+        tokenizer = CLIPTokenizer.from_pretrained(args.start, subfolder="tokenizer")
+    else:
+        tokenizer = make_tokenizer([c for c, o in zip(captions, out, strict=True) if not o])
     styleless = [c.split(", ", 1)[1] for c in captions]
     longest = max(len(i) for i in tokenizer(captions).input_ids)
     print(f"{len(tokenizer)} tokens, longest caption {longest}, {len(STYLES)} styles", flush=True)
@@ -116,6 +117,10 @@ def main() -> None:
     seen, unseen = (torch.from_numpy(m.nonzero()[0]) for m in (~out, out))
     torch.manual_seed(0)
     net = Towers(tokenizer).to(args.device)
+    if args.start:
+        net.text = CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder", dtype=torch.float32)
+        net.vision = CLIPVisionModelWithProjection.from_pretrained(args.start, subfolder="image_encoder")
+        net.float().to(args.device).text.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
         i = seen[torch.randperm(len(seen))[: args.batch]]
@@ -126,7 +131,7 @@ def main() -> None:
     def report():
         for name, pool in (("seen", seen[torch.randperm(len(seen))[:512]]), ("held-out", unseen)):
             with torch.no_grad():
-                score = net.embed_images(pixels[pool]) @ net.embed_text(full[pool]).T
+                score = net.embed_images(posed(pixels[pool])) @ net.embed_text(full[pool]).T
             hits = (score.argmax(1).cpu() == torch.arange(len(pool))).float().mean()
             yield f"{name} R@1 of {len(pool)} {hits:.3f}"
 
