@@ -25,8 +25,8 @@ Every method distils a teacher whose score is exact from a small network fitted 
 20,000 samples of the student, one call each, are compared with as many true ones. `ring` is the ring of 8 Gaussians
 (radius 1, standard deviation 0.1, each its own class); `mixture` has 3 anisotropic Gaussians in 8 dimensions.
 `onestroke methods --check NAME` measures one row anew. The settings (`src/onestroke/recipes/exact`) were chosen on
-the ring, most on its first case alone, and none on the mixture; every row is one seed, and near a limit the next run
-may fall on its other side. The table says what a method can reach, not what it does with the paper's settings.
+these very cases, most on the first alone; every row is one seed, and near a limit the next run may fall on its other
+side. The table says what a method can reach, not what it does with the paper's settings.
 
 - **sliced-W2**: the sliced 2-Wasserstein distance between them. **floor**: the same between two true samples.
   **start**: of the fitted network's one call, before distilling.
