@@ -1,8 +1,8 @@
 """`plan`: the memory a run will need, before anything is loaded.
 
-The run's own first two rounds, and its last for methods of several phases, are played on tensors without storage
-(`FakeTensorMode`: shapes and types alone), with every allocation watched. Nothing is estimated: a network, a method or
-a setting needs no line here.
+The run's own first two rounds, its last, and those at which the method begins something else (its `phases`) are played
+on tensors without storage (`FakeTensorMode`: shapes and types alone), with every allocation watched. Nothing is
+estimated: a network, a method or a setting needs no line here.
 """
 
 from __future__ import annotations
@@ -149,14 +149,19 @@ class Plan:
         return {"peak": self.peak, "frozen": self.frozen, "roles": self.roles, "working": self.working}
 
 
+def rounds(method: Method, steps: int) -> list[int]:
+    """The rounds of a run of `steps` that are played: what any other does, one of them does too."""
+    return sorted({step for step in (0, 1, *method.phases, steps - 1) if step < steps})
+
+
 def played(trainer: Trainer, batches: int, size: int, memory: Memory) -> Plan:
-    """The plan of a trainer built inside `watched`, from its first two rounds and its last."""
+    """The plan of a trainer built inside `watched`, from its `rounds`."""
     if trainer.offload.home is not None:  # the roles were made in main memory
         memory.peak = memory.now
     frozen = memory.now - sum(holds(trainer, p) for p in trainer.method.players)
     trainer.factor = 1.0
     data = trainer.data
-    for step in sorted({0, 1, trainer.settings.steps - 1}):
+    for step in rounds(trainer.method, trainer.settings.steps):
         micro = []
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
