@@ -108,7 +108,8 @@ def sdxl_teacher() -> Any:
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     net = UNetDenoiser(unet, table_of(betas), "eps", Call(rows=rows)).requires_grad_(False)
     null = {"text": torch.zeros(1, 77, 2048), "text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
-    return SimpleNamespace(net=net, path=net.path, null=null, shape=(4, 128, 128), conditions=None)
+    more: dict[str, Any] = {"conditions": None, "park": lambda: None}
+    return SimpleNamespace(net=net, path=net.path, null=null, shape=(4, 128, 128), **more)
 
 
 class FineTuning(Method):

@@ -196,6 +196,9 @@ class Method(nn.Module, ABC):
     draws in as many steps (not the law: guidance moves it, and few steps of a solver are not exact)."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, where they differ from the trainer's."""
+    phases: tuple[int, ...] = ()
+    """Rounds after the first from which on a round does something else: other calls, turns or networks, not other
+    numbers alone. `plan` plays them; what comes after the run's end is not read. An instance says its own."""
 
     @abstractmethod
     def __init__(self, parts: Parts):

@@ -1,8 +1,8 @@
 """`plan`: the memory a run will need, before anything is loaded.
 
-The run's own first two rounds, and its last for methods of several phases, are played on tensors without storage
-(`FakeTensorMode`: shapes and types alone), with every allocation watched. Nothing is estimated: a network, a method or
-a setting needs no line here.
+The run's own first two rounds, its last, and those at which the method begins something else (its `phases`) are played
+on tensors without storage (`FakeTensorMode`: shapes and types alone), with every allocation watched. Nothing is
+estimated: a network, a method or a setting needs no line here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from onestroke.images import Pictures
 from onestroke.method import Batch, Method, Pairs, play
 from onestroke.methods import get_method
 from onestroke.methods import options as option_defaults
+from onestroke.rewards import KEY, check_reward, load_reward
 from onestroke.run import parts_of, plan_run
 from onestroke.settings import Settings
 from onestroke.teachers import locate
@@ -149,14 +150,19 @@ class Plan:
         return {"peak": self.peak, "frozen": self.frozen, "roles": self.roles, "working": self.working}
 
 
+def rounds(method: Method, steps: int) -> list[int]:
+    """The rounds of a run of `steps` that are played: what any other does, one of them does too."""
+    return sorted({step for step in (0, 1, *method.phases, steps - 1) if step < steps})
+
+
 def played(trainer: Trainer, batches: int, size: int, memory: Memory) -> Plan:
-    """The plan of a trainer built inside `watched`, from its first two rounds and its last."""
+    """The plan of a trainer built inside `watched`, from its `rounds`."""
     if trainer.offload.home is not None:  # the roles were made in main memory
         memory.peak = memory.now
     frozen = memory.now - sum(holds(trainer, p) for p in trainer.method.players)
     trainer.factor = 1.0
     data = trainer.data
-    for step in sorted({0, 1, trainer.settings.steps - 1}):
+    for step in rounds(trainer.method, trainer.settings.steps):
         micro = []
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
@@ -185,33 +191,54 @@ def shallow(config: Any) -> Any:
     return config
 
 
-def hollow_teacher(folder: Path, size: tuple[int, int] | None = None) -> PipelineTeacher:
+class HollowTeacher(PipelineTeacher):
+    """A teacher whose networks are made in `mode`, without storage. Its text encoders leave memory for good."""
+
+    def __init__(self, mode: FakeTensorMode, *args: Any):
+        self.mode = mode
+        super().__init__(*args)
+
+    def park(self) -> None:
+        self.pipeline.register_modules(**dict.fromkeys(self.encoders))
+
+    def clip(self, source: str) -> nn.Module:
+        """The CLIP model of a folder or a hub id, of which the config alone is read."""
+        from transformers import CLIPConfig, CLIPModel
+
+        config = CLIPConfig.from_pretrained(source)
+        with self.mode:
+            return CLIPModel(config)
+
+
+def hollow_teacher(folder: Path, size: tuple[int, int] | None = None, towers: bool = False) -> HollowTeacher:
     """The teacher of a pipeline folder, its networks of the right shapes without storage; reads its small files alone.
 
-    The text encoders, which leave memory before training, are stood in for by shallow ones of random weights. Raises
-    InputError for a folder that cannot be read, or not in this size (height, width) in pixels.
+    The text encoders, which leave memory before training, are stood in for by shallow ones of random weights. towers:
+    its image tower too, which pairs with them. Raises InputError for a folder that cannot be read, or not in this size
+    (height, width) in pixels.
     """
     inspect_folder(folder)
-    index = read_json(folder / "model_index.json")
+    index, mode = read_json(folder / "model_index.json"), FakeTensorMode(allow_non_fake_inputs=True)
     parts: dict[str, Any] = {}
+    left = ("safety_checker", *(() if towers else ("image_encoder", "feature_extractor")))
     with no_bars():
         for name, (library, kind) in ((k, v) for k, v in index.items() if isinstance(v, list)):
             cls = getattr(importlib.import_module(library), kind) if library else None
-            if cls is None or name in ("safety_checker", "image_encoder", "feature_extractor"):
+            if cls is None or name in left:
                 parts[name] = None
             elif not issubclass(cls, nn.Module):
                 parts[name] = cls.from_pretrained(folder, subfolder=name)
+            elif name == "image_encoder":
+                with mode:
+                    parts[name] = cls(cls.config_class.from_pretrained(folder / name))
             elif library == "transformers":
-                config = cls.config_class.from_pretrained(folder / name)
-                parts[name] = cls(shallow(config))
+                parts[name] = cls(shallow(cls.config_class.from_pretrained(folder / name)))
             else:
-                with FakeTensorMode(allow_non_fake_inputs=True):
+                with mode:
                     parts[name] = cls.from_config(cls.load_config(folder / name))
         options = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
         pipeline = getattr(diffusers, index["_class_name"])(**parts, **options)
-    teacher = PipelineTeacher(pipeline, str(folder), size)
-    pipeline.register_modules(**dict.fromkeys(teacher.encoders))
-    return teacher
+    return HollowTeacher(mode, pipeline, str(folder), size)
 
 
 def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts: int = 1, **settings: Any) -> Plan:
@@ -219,7 +246,8 @@ def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts
 
     teacher: a built-in name or a pipeline folder. device: "cpu" or "cuda", by default what this machine has; on a GPU
     attention keeps no matrix of all its weights. prompts: their number, whose conditions stay in memory; the pictures
-    or pairs that a method needs besides are those of a batch. Raises InputError as `distill` does, and for a reward.
+    or pairs that a method needs besides are those of a batch. Raises InputError as `distill` does, and for a reward
+    that is a function: there is nothing to tell its memory by.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -228,21 +256,36 @@ def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts
     if not isinstance(source, Path):
         raise InputError(f"{source} is not a folder; download the pipeline to plan with it.")
     cls = get_method(method)
+    if callable(settings.get("reward")):
+        raise InputError("the memory of a reward that is a function cannot be planned; give reward=clip:<folder>.")
     _, run, chosen = plan_run(str(teacher), method, ["prompt"] * prompts, settings, NO_PICTURES)
-    if "reward" in cls.needs_of({**option_defaults(cls), **chosen}):
-        raise InputError("the memory of a reward is not planned yet; leave it out, where the method does without.")
+    judged = "reward" in cls.needs_of({**option_defaults(cls), **chosen})
+    if judged:
+        check_reward(run.reward, source)
     run = replace(run, log_with="none", offload=run.offload and device != "cpu")  # nowhere to go from main memory
     with fused_attention() if device == "cuda" else nullcontext():
-        return play_plan(lambda: hollow_teacher(source, run.size), cls, run, chosen, prompts)
+        towers = judged and not run.reward
+        return play_plan(lambda: hollow_teacher(source, run.size, towers), cls, run, chosen, prompts, judged)
 
 
-def play_plan(load: Callable[[], Any], method: type[Method], run: Settings, options: dict[str, Any], prompts: int = 1):
-    """The plan of a method on the teacher that `load` makes without storage."""
+def play_plan(
+    load: Callable[[], Any],
+    method: type[Method],
+    run: Settings,
+    options: dict[str, Any],
+    prompts: int = 1,
+    judged: bool = False,
+) -> Plan:
+    """The plan of a method on the teacher that `load` makes without storage. judged: by the run's reward."""
     with watched() as memory:
         teacher = load()
-        null = teacher.null
-        parts = replace(parts_of(teacher, run), encode=lambda texts: null)  # the shapes of one prompt are those of any
-        playing = method(parts, **options)
+        null, judge = teacher.null, None
+        if judged:
+            judge = load_reward(run.reward, teacher, teacher.clip)
+            null = {**null, KEY: judge.encode([""])}
+        teacher.park()
+        parts = parts_of(teacher, run, null, judge)
+        playing = method(replace(parts, encode=lambda texts: null), **options)  # one prompt's shapes are those of any
         rows = max(prompts, run.batch_size * run.accumulate)
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         size = run.batch_size

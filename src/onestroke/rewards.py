@@ -155,12 +155,19 @@ def _check_clip(folder: Path) -> None:
             raise InputError(f"{folder} lacks {pattern}, which a CLIP model folder holds.")
 
 
-def load_reward(spec: str | Score, teacher: PipelineTeacher) -> PictureReward:
-    """The reward that `spec` names (see `check_reward`) on the teacher's pictures. Raises InputError."""
+def load_reward(
+    spec: str | Score, teacher: PipelineTeacher, model: Callable[[str], Any] | None = None
+) -> PictureReward:
+    """The reward that `spec` names (see `check_reward`) on the teacher's pictures. Raises InputError.
+
+    model: what makes the CLIP model of a folder or a hub id; by default it is read.
+    """
     if callable(spec):
         judge: Any = spec if hasattr(spec, "encode") else Scored(spec)
         return PictureReward(teacher, judge)
-    return PictureReward(teacher, _load_clip(spec.removeprefix(CLIP)) if spec else own_towers(teacher))
+    if not spec:
+        return PictureReward(teacher, own_towers(teacher))
+    return PictureReward(teacher, _load_clip(spec.removeprefix(CLIP), model or _read_clip))
 
 
 def own_towers(teacher: PipelineTeacher) -> Towers:
@@ -182,22 +189,27 @@ def own_towers(teacher: PipelineTeacher) -> Towers:
     return Towers(vision, see, embed, vision.config.image_size, processor.to_dict())
 
 
-def _load_clip(source: str) -> Towers:
-    """A CLIP model of transformers, from a folder or a hub id."""
-    from transformers import CLIPModel, CLIPTokenizer
+def _read_clip(source: str) -> Any:
+    """A CLIP model of transformers with its weights."""
+    from transformers import CLIPModel
+
+    loaded: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    net, report = loaded
+    if lost := sorted(report["missing_keys"]):
+        raise InputError(f"reward {CLIP + source!r} lacks weights ({len(lost)}, first {lost[0]!r}).")
+    return net
+
+
+def _load_clip(source: str, model: Callable[[str], Any]) -> Towers:
+    """The towers of the CLIP model of a folder or a hub id, which `model` makes."""
+    from transformers import CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         preprocessor, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        tokenizer = CLIPTokenizer.from_pretrained(source)
-        loaded: Any = CLIPModel.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        tokenizer, net = CLIPTokenizer.from_pretrained(source), model(source)
     except (OSError, RuntimeError) as error:
         raise InputError(f"reward {CLIP + source!r} could not be read: {str(error).splitlines()[0]}") from None
-    net, report = loaded
-    if lost := sorted(report["missing_keys"]):
-        raise InputError(f"reward {CLIP + source!r} lacks weights ({len(lost)}, first {lost[0]!r}).")
 
     def embed(prompts: list[str]) -> Tensor:
         tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")

@@ -21,6 +21,7 @@ from onestroke.plan import (
     switches,
     watched,
 )
+from onestroke.rewards import KEY, load_reward
 from onestroke.run import parts_of, plan_run
 from onestroke.teachers import load_teacher
 from onestroke.training.train import Data, Trainer
@@ -32,16 +33,24 @@ SETTINGS = [
     {"batch_size": 8, "offload": True},
 ]
 LATE = {"batch_size": 8, "score_weight": 1.0, "steps": 8}  # scores in the last two rounds
+JUDGED = [
+    (True, {"batch_size": 8}),
+    (True, {"batch_size": 8, "offload": True}),
+    (False, {"batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}}),
+]
 
 
 def lived(folder, method: str, **settings):
     """The plan's figures of the same rounds on real tensors."""
     _, run, chosen = plan_run(str(folder), method, ["prompt"], {**settings, "log_with": "none"}, NO_PICTURES)
     with watched() as memory:
-        teacher = load_teacher(folder)
+        teacher, judge = load_teacher(folder), None
         null = teacher.null
+        if "reward" in get_method(method).needs:
+            judge = load_reward(run.reward, teacher)
+            null = {**null, KEY: judge.encode([""])}
         teacher.pipeline.register_modules(**dict.fromkeys(teacher.encoders))
-        playing = get_method(method)(parts_of(teacher, run), **chosen)
+        playing = get_method(method)(parts_of(teacher, run, null, judge), **chosen)
         rows = run.batch_size * run.accumulate
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         main = (HollowTrainer, memory) if run.offload else (Trainer,)  # here a copy stands for main memory
@@ -51,19 +60,31 @@ def lived(folder, method: str, **settings):
         return played(trainer, run.accumulate, run.batch_size, memory)
 
 
+def assert_lived(folder, method: str, settings) -> None:
+    """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
+    device = "cuda" if settings.get("offload") else "cpu"
+    planned = plan(folder, method, device=device, **settings)
+    with fused_attention() if device == "cuda" else nullcontext():
+        real = lived(folder, method, **settings)
+    assert planned.peak == pytest.approx(real.peak, rel=0.1)
+    assert planned.roles == real.roles
+    assert planned.frozen == pytest.approx(real.frozen, rel=0.1)
+    assert planned.working == pytest.approx(real.working, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [*(("swiftbrush", s) for s in SETTINGS), ("sid", SETTINGS[0]), ("hyper-sd", LATE)],
 )
 def test_the_plan_is_what_the_run_holds(pipeline_folder, method, settings):
-    """Within 10 %: kernels of real tensors may keep values beside those that shapes tell of."""
-    device = "cuda" if settings.get("offload") else "cpu"
-    planned = plan(pipeline_folder, method, device=device, **settings)
-    with fused_attention() if device == "cuda" else nullcontext():
-        real = lived(pipeline_folder, method, **settings)
-    assert planned.peak == pytest.approx(real.peak, rel=0.1)
-    assert planned.roles == real.roles
-    assert planned.working == pytest.approx(real.working, rel=0.15)
+    assert_lived(pipeline_folder, method, settings)
+
+
+@pytest.mark.parametrize(("own", "settings"), JUDGED, ids=["own", "offload", "clip"])
+def test_the_plan_of_a_reward_is_what_the_run_holds(own, settings, towered_folder, pipeline_folder, clip_folder):
+    """Its towers and the decoder, with gradient: of the teacher, or of a CLIP model."""
+    folder, reward = (towered_folder, "") if own else (pipeline_folder, f"clip:{clip_folder}")
+    assert_lived(folder, "diff-instruct-pp", {**settings, "reward": reward})
 
 
 def test_a_phase_that_comes_late_is_planned(pipeline_folder):
@@ -78,9 +99,33 @@ def test_a_phase_that_comes_late_is_planned(pipeline_folder):
     assert late.peak > plain.peak + late.roles["fake"]
 
 
-def test_a_reward_is_refused(pipeline_folder):
-    with pytest.raises(InputError, match="a reward is not planned yet"):
-        plan(pipeline_folder, "hyper-sd", reward_weight=1.0)
+def test_an_optional_reward_is_planned(towered_folder, clip_folder, monkeypatch):
+    """Its tower, and what its gradient holds; a CLIP model has a text tower besides. No weights are read for it."""
+    image_tower = load_teacher(towered_folder).pipeline.image_encoder
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", None)
+    monkeypatch.setattr("transformers.CLIPVisionModelWithProjection.from_pretrained", None)
+    asked = {"batch_size": 8, "reward_weight": 1.0}
+    none, own, clip = (
+        plan(towered_folder, "hyper-sd", **more)
+        for more in ({"batch_size": 8}, asked, {**asked, "reward": f"clip:{clip_folder}"})
+    )
+    tower = sum(4 * p.numel() for p in image_tower.parameters())
+    assert own.frozen - none.frozen == pytest.approx(tower, rel=0.1)
+    assert clip.frozen > own.frozen
+    assert min(own.working, clip.working) > none.working
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (len, "a reward that is a function cannot be planned; give reward=clip:<folder>"),
+        ("", "has no image tower that pairs with its text encoder"),
+        ("clip:nowhere", "no such CLIP folder or hub id"),
+    ],
+)
+def test_a_reward_that_is_refused(pipeline_folder, reward, says):
+    with pytest.raises(InputError, match=says):
+        plan(pipeline_folder, "diff-instruct-pp", reward=reward)
 
 
 def test_what_each_role_holds(pipeline_folder):

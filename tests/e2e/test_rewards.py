@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import onestroke
-from conftest import PROMPTS, tiny_pipeline
+from conftest import PROMPTS
 from onestroke import metrics
 from onestroke.errors import InputError
 from onestroke.rewards import KEY, check_reward, load_reward
@@ -20,41 +20,6 @@ from onestroke.teachers.pipeline import PipelineTeacher
 
 METHOD = "diff-instruct-pp"
 SMALL = {"steps": 2, "batch_size": 2, "log_with": "none", "guidance_scale": 2.0}
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
-    """A CLIP model of the real classes, randomly initialised: 8 px pictures, the tokenizer of the tiny pipeline."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    torch.manual_seed(1)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokenizer = tiny_pipeline().tokenizer
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"image_size": 8, "patch_size": 4}
-    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=12)
-    size = {"height": 8, "width": 8}
-    processor = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.4, 0.5, 0.6], image_std=[0.3] * 3)
-    folder = tmp_path_factory.mktemp("clip") / "clip"
-    for part in (CLIPModel(config), tokenizer, processor):
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def towered_folder(tmp_path_factory):
-    """The tiny pipeline with an image tower as wide as its text encoder."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    pipeline = tiny_pipeline()
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=16, patch_size=4, projection_dim=16, **shape))
-    size, half = {"height": 16, "width": 16}, [0.5] * 3
-    processor = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=half, image_std=half, do_center_crop=False)
-    pipeline.register_modules(image_encoder=tower, feature_extractor=processor)
-    folder = tmp_path_factory.mktemp("towered") / "tiny"
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def weights(folder):

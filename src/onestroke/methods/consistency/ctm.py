@@ -73,7 +73,7 @@ class CTM(Method):
         self.sigma_data, self.distance = sigma_data, terms.checked_distance(distance)
         self.gan_weight, self.gan_from, self.loss = gan_weight, gan_from, terms.checked_gan(loss)
         if gan_weight:
-            self.heads = parts.heads()
+            self.heads, self.phases = parts.heads(), (gan_from,)
         else:
             self.players = ("student",)
 

@@ -69,13 +69,13 @@ class HyperSD(Method):
         self.path, self.guide, self.reward = parts.path, parts.guide, parts.reward
         self.whole, self.gan_weight, self.reward_weight = whole, gan_weight, reward_weight
         self.score_weight, self.noisy, self.lo, self.hi = score_weight, (score_from, parts.few.times[0]), lo, hi
-        self.keep, self.loss = keep, terms.checked_gan(loss)
+        self.keep, self.loss, self.players = keep, terms.checked_gan(loss), ("student",)
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
-        self.players = ("student",)
         if gan_weight:
             self.heads, self.players = parts.heads(), (*self.players, "heads")
         if score_weight:
             self.fake, self.players = parts.copy("fake"), (*self.players, "fake")
+            self.phases = (self.stage_steps * (len(self.stages) - 1),)
 
     def judge(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The heads' logits (B, N) of states x (B, *D) at t."""

@@ -42,6 +42,7 @@ class Progressive(Method):
             raise InputError("a student of DDIM steps needs renoise=implied.")
         self.stages = times.halvings(final, start=start)
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
+        self.phases = (self.stage_steps,)
         if (
             len(set(parts.path.snap(torch.tensor(parts.path.grid(2 * start), dtype=torch.float64)).tolist()))
             < 2 * start

@@ -52,6 +52,7 @@ class SlimFlow(Method):
         self.straighten = straighten or max(1, 6 * parts.rounds // 10)
         self.anneal = anneal or max(1, 3 * self.straighten // 4)
         self.lo, self.hi, self.first = lo, hi, first
+        self.phases = (self.straighten,)
 
     def step(self, batch: Batch, step: int):
         assert batch.pairs is not None

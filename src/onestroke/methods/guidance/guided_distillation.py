@@ -32,6 +32,7 @@ class GuidedDistillation(Progressive):
         super().__init__(parts, start, stage_steps)
         self.stage_steps = stage_steps or max(1, parts.rounds // (len(self.stages) + 1))
         self.guide_steps = guide_steps or self.stage_steps
+        self.phases = (self.guide_steps,)
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None

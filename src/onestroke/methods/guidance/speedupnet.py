@@ -69,6 +69,7 @@ class SpeedUpNet(Method):
         self.student = parts.student if made is None else made
         self.every, self.others = None if made is None else parts.conditions, others
         self.guide_steps = guide_steps or max(1, parts.rounds // 2)
+        self.phases = (self.guide_steps,)
         self.pieces, self.hops, steps = pieces, hops, len(parts.few.times)
         self.grid = times.cut(parts.path, (0.0, *reversed(parts.few.times)), steps * pieces * hops)
 

@@ -59,6 +59,7 @@ class DisBack(Method):
         self.live = [p for p in self.real.parameters() if p.requires_grad]
         self.real.requires_grad_(False)
         self.register_buffer("trail", numbers(self.fake).repeat(prelude // record, 1))
+        self.phases = (prelude, prelude + interval * len(self.trail), *self.base[0].phases)
 
     def teacher_at(self, step: int) -> nn.Module:
         """The teacher of this round: a record, from the last to the first, and then the true one."""

@@ -55,7 +55,7 @@ class SiDA(SiD):
     ):
         super().__init__(parts, alpha, scale, hi, mean, std, sigma_data)
         self.gan_weight, self.critic_weight = gan_weight, critic_weight
-        self.prelude, self.gan_from = prelude, gan_from
+        self.prelude, self.gan_from = self.phases = prelude, gan_from
         self.judged, self.bottleneck = gan_weight > 0, parts.bottleneck
 
     def logits(self, est: Estimate) -> Tensor:
