@@ -27,7 +27,7 @@ def test_vsd_is_the_closed_form(name, prediction):
 
 
 @each
-@pytest.mark.parametrize("power", [0.0, 1.0])
+@pytest.mark.parametrize("power", [-1.0, 0.0, 1.0])
 def test_vsd_under_another_weight_is_the_closed_form(name, power):
     checks.vsd_is_the_closed_form(SwiftBrush, make_path(name), "x0", *hand_ab(name), sigma_power=power)
 
