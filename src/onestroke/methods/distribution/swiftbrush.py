@@ -22,8 +22,8 @@ class SwiftBrush(Method):
     lo, hi: unit times of the student's turn (published: 20 to 980 of 1000). null_rate: published 0.1. alpha_power: of
     alpha in the weight of the fake's eps error (published: 2). Ours: 0, the plain eps error, as in DMD2, teaches the
     fake the noisy half of the path as well; on exact teachers it brings the student twice as near to the truth.
-    sigma_power: of sigma in the weight of the student's direction (published: 2). Ours: less weighs the clean half of the
-    path more, and flat grounds become clean in fewer rounds; the law at which it vanishes is the same.
+    sigma_power: of sigma in the weight of the student's direction (published: 2). Ours: less weighs the clean half of
+    the path more, and flat grounds become clean in fewer rounds; the law at which it vanishes is the same.
     Published settings (SD 2.1-base): guidance 4.5, Adam 1e-6 for the student and 1e-3 for the LoRA of rank 64, clip 1.
     """
 
