@@ -140,7 +140,8 @@ def test_methods_and_teachers_as_json(tmp_path):
     rows = {row["name"]: row for row in json.loads(said.out)}
     assert rows["swiftbrush"]["players"] == ["student", "fake"]
     assert rows["swiftbrush"]["needs"] == ["prompts"]
-    assert rows["swiftbrush"]["options"] == {"lo": 0.02, "hi": 0.98, "null_rate": 0.1, "alpha_power": 2.0}
+    powers = {"alpha_power": 2.0, "sigma_power": 2.0}
+    assert rows["swiftbrush"]["options"] == {"lo": 0.02, "hi": 0.98, "null_rate": 0.1, **powers}
     said = shell("teachers", "--json", cwd=tmp_path)
     assert (said.code, said.err) == (0, "")
     from onestroke.teachers import built_in
