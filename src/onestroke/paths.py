@@ -234,6 +234,9 @@ class Flow(Path):
     def ab(self, t):
         return 1 - t, t
 
+    def rates(self, t):
+        return -torch.ones_like(t), torch.ones_like(t)
+
     def time_of(self, log_snr):
         return torch.sigmoid(-log_snr)
 

@@ -57,7 +57,6 @@ TARGETS = ("diffusers", "lora", "onnx")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
 UNTRACED = (  # complex rotary embeddings, or rows taken one by one: the tracers of torch bake the batch into the graph
-    "FluxTransformer2DModel",
     "Lumina2Transformer2DModel",
     "QwenImageTransformer2DModel",
     "ZImageTransformer2DModel",
