@@ -1,7 +1,8 @@
 """Stage 1: the autoencoder, 64x64x3 -> 8x8x16 (AutoencoderTiny, 1.9 M parameters), by squared and absolute error.
 
 The absolute error keeps the flat areas of the artwork flat. `--start PIPELINE` continues the decoder of a saved
-pipeline alone; its encoder, and so every denoiser trained on its latents, stays as it is.
+pipeline alone; its encoder, and so every denoiser trained on its latents, stays as it is. It then learns to decode
+what denoisers and students draw: pictures in any pose, from latents whose noise is anything between none and ROUGH.
 
 The latent is normalised per channel while training (batch statistics, plus a little noise so that the decoder
 tolerates a denoiser's errors); the statistics are then folded into the encoder's last convolution, so that the saved
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import arguments, load_data, to_float, train
+from common import arguments, load_data, posed, to_float, train
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-NOISE, ABSOLUTE = 0.05, 0.1
+NOISE, ROUGH, ABSOLUTE = 0.05, 0.3, 0.1
 
 
 class Autoencoder(nn.Module):
@@ -34,16 +35,21 @@ class Autoencoder(nn.Module):
         )
         self.norm: nn.Module = nn.BatchNorm2d(channels, affine=False, momentum=0.01)
 
+    @property
+    def folded(self) -> bool:
+        return isinstance(self.norm, nn.Identity)
+
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(self.vae.encoder(x).float())
         if self.training:
-            z = z + NOISE * torch.randn_like(z)
+            scale = ROUGH * torch.rand(len(z), 1, 1, 1, device=z.device) if self.folded else NOISE
+            z = z + scale * torch.randn_like(z)
         return self.vae.decoder(z)
 
     @torch.no_grad()
     def fold(self) -> AutoencoderTiny:
         """The autoencoder with the latent's statistics inside its last encoder convolution."""
-        if isinstance(self.norm, nn.Identity):
+        if self.folded:
             return self.vae
         last, scale = self.vae.encoder.layers[-1], (self.norm.running_var + self.norm.eps).rsqrt()
         last.weight.mul_(scale[:, None, None, None])
@@ -77,7 +83,10 @@ def main() -> None:
     net = net.to(args.device).to(memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
-        x = augmented(seen[torch.randint(len(seen), (args.batch,))]).contiguous(memory_format=torch.channels_last)
+        x = augmented(seen[torch.randint(len(seen), (args.batch,))])
+        if net.folded:
+            x = torch.cat([x[: args.batch // 2], posed(x[args.batch // 2 :])])
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(args.device, torch.bfloat16):
             y = net(x)
         return F.mse_loss(y.float(), x) + ABSOLUTE * F.l1_loss(y.float(), x)

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# The long distillation of emoji64: the demo's settings with a larger batch and many times the rounds.
-# Resumable: call it again after an interruption.  usage: recipes/emoji64/distill.sh [OUT]
+# The long distillation of emoji64 in parts: the demo's settings for many times the rounds, and then twice the less noisy
+# times alone, which clean what is drawn. Resumable: call it again after an interruption.
+# usage: recipes/emoji64/distill.sh [OUT]
 set -euo pipefail
 out=${1:-runs/emoji64-long}
-resume=$([ -e "$out/recipe.json" ] && echo --resume || true)
-onestroke distill emoji64 --method swiftbrush --prompts src/onestroke/teachers/built_in/emoji64/prompts.txt \
-  --out "$out" --steps 4500 --batch-size 48 --set ema=0.995 $resume
+part() {  # folder, rounds, settings
+  local folder=$1 rounds=$2 resume
+  resume=$([ -e "$folder/recipe.json" ] && echo --resume || true)
+  onestroke distill emoji64 --method swiftbrush --prompts src/onestroke/teachers/built_in/emoji64/prompts.txt \
+    --out "$folder" --steps "$rounds" --set ema=0.995 $resume "${@:3}"
+}
+part "$out-first" 3600
+part "$out-second" 800 --set start="$out-first" --set hi=0.3
+part "$out" 600 --set start="$out-second" --set hi=0.3
+python -c "import sys; from pathlib import Path; from onestroke.demo import report_on; report_on(Path(sys.argv[1]))" "$out"

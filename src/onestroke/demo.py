@@ -16,7 +16,7 @@ from onestroke import metrics
 from onestroke.errors import InputError
 from onestroke.run import distill, read_prompts
 from onestroke.students.model_card import write_card
-from onestroke.students.student import SeededNoise, Student, to_pil
+from onestroke.students.student import SeededNoise, Student, load_student, to_pil
 from onestroke.teachers import BUILT_IN, load_teacher
 from onestroke.teachers.pipeline import PipelineTeacher
 
@@ -89,6 +89,32 @@ def measure(teacher: PipelineTeacher, student: Student, folder: Path, count: int
     return report
 
 
+def report_on(out: Path, count: int = 300, **more: Any) -> dict[str, Any]:
+    """Draw the sheet of the student of emoji64 in `out` and measure it on `count` prompts; returns the report.
+
+    Writes samples.png and report.json, with `more` in it, there, and the figures into its model card.
+    """
+    student, teacher, folder = load_student(out), load_teacher(TEACHER), BUILT_IN / TEACHER
+    guidance_scale = json.loads((folder / "onestroke.json").read_text())["guidance_scale"]
+    prompts = read_prompts(folder / "sheet.txt")
+    columns = {k: draw(prompts, SHEET_SEED) for k, draw in samplers(teacher, student, guidance_scale).items()}
+    sheet(columns, prompts).save(out / "samples.png")
+    modules = {k: m for k, m in teacher.components.items() if isinstance(m, torch.nn.Module)}
+    report = {
+        "teacher": TEACHER,
+        "method": student.card["method"],
+        "rounds": student.card["rounds"],
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+        **measure(teacher, student, folder, count, guidance_scale),
+        "sheet_prompts": prompts,
+        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        **more,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_card(out)  # again, with the figures
+    return report
+
+
 def demo(out: str | Path = "runs/demo", count: int = 300, **settings: Any) -> dict[str, Any]:
     """Distil emoji64 with SwiftBrush into `out`; write samples.png and report.json there; return the report.
 
@@ -97,26 +123,9 @@ def demo(out: str | Path = "runs/demo", count: int = 300, **settings: Any) -> di
     out, began = Path(out), time.monotonic()
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose another --out, or remove it.")
-    folder = BUILT_IN / TEACHER
-    guidance_scale = json.loads((folder / "onestroke.json").read_text())["guidance_scale"]
-    student = distill(TEACHER, method=METHOD, prompts=folder / "prompts.txt", out=out, **settings)
+    distill(TEACHER, method=METHOD, prompts=BUILT_IN / TEACHER / "prompts.txt", out=out, **settings)
     distilled = time.monotonic() - began
-    teacher = load_teacher(TEACHER)
-    prompts = read_prompts(folder / "sheet.txt")
-    columns = {k: draw(prompts, SHEET_SEED) for k, draw in samplers(teacher, student, guidance_scale).items()}
-    sheet(columns, prompts).save(out / "samples.png")
-    modules = {k: m for k, m in teacher.components.items() if isinstance(m, torch.nn.Module)}
-    report = {
-        "teacher": TEACHER,
-        "method": METHOD,
-        "rounds": student.card["rounds"],
-        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
-        **measure(teacher, student, folder, count, guidance_scale),
-        "sheet_prompts": prompts,
-        "seconds_distilling": distilled,
-        "seconds_total": time.monotonic() - began,
-        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-    }
+    report = report_on(out, count, seconds_distilling=distilled)
+    report["seconds_total"] = time.monotonic() - began
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_card(out)  # again, with the figures
     return report

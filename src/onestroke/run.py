@@ -135,6 +135,20 @@ def check_network(folder: Path, needs: Collection[str]) -> None:
         raise no_halves(network[-1])
 
 
+def check_start(run: Settings) -> None:
+    """Refuse a student that another cannot begin from, by its small files. Raises InputError."""
+    from onestroke.students.student import read_card
+    from onestroke.teachers.branch import BRANCH
+
+    read_card(Path(run.start))
+    if run.of("lora_rank", "student", 0):
+        raise InputError("a student with LoRA begins at its teacher; leave start or lora_rank.student out.")
+    if run.students > 1:
+        raise InputError(f"students={run.students} begin at their teacher; leave start out.")
+    if (Path(run.start) / BRANCH).is_file():
+        raise InputError(f"{run.start} is its teacher with a negative-prompt branch, not a student to go on from.")
+
+
 def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
     """Refuse a partition that cannot be; `more`, that pictures or pairs were given. Raises InputError."""
     if more:
@@ -249,13 +263,15 @@ def distill(
         check_reward(reward or run.reward, source)
     if run.students > 1 or owners is not None:
         check_several(run, lines, owners, pictures is not None or pairs is not None)
+    if run.start:
+        check_start(run)
     check_folder(out, recipe, resume)
 
     from onestroke.denoiser import plain
     from onestroke.rewards import KEY, load_reward
     from onestroke.students.model_card import licence_of, write_card
     from onestroke.students.parity import check_pipeline, open_plain
-    from onestroke.students.student import load_student, save_student
+    from onestroke.students.student import fingerprint, load_student, save_student
     from onestroke.teachers import load_teacher
     from onestroke.training.train import Data, Trainer
 
@@ -277,6 +293,11 @@ def distill(
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
     parts = parts_of(teacher, run, null, judge, cond)
+    if run.start:
+        first = load_student(run.start)
+        if first.card.get("teacher_fingerprint") != fingerprint(teacher.net):
+            raise InputError(f"{run.start} is a student of {first.card.get('teacher')!r}, whose weights are others.")
+        parts.student.load_state_dict(first.model.net.state_dict())
     playing = cls(parts, **chosen)
     few = getattr(playing, "few", parts.few)  # as the method calls it
     teacher.student_scheduler(few)  # refuses calls that no pipeline could repeat

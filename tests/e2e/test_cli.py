@@ -117,6 +117,16 @@ def test_resume_continues_to_the_same_weights(onestroke, finished, pipeline_fold
     assert json.loads((stopped / "recipe.json").read_text())["settings"]["steps"] == 4
 
 
+def test_a_student_begins_from_another(onestroke, finished, pipeline_folder, prompt_file, tmp_path):
+    """At rate 0 it stays what it began as, which is not the teacher."""
+    given = ("--set", f"start={finished}", "--set", "lr=0", "--set", "log_with=none")
+    said = onestroke(*arguments(pipeline_folder, prompt_file, tmp_path / "run", *given))
+    assert (said.code, said.err) == (0, ""), said
+    first, second = load_file(finished / UNET), load_file(tmp_path / "run" / UNET)
+    assert all(torch.equal(second[k], first[k]) for k in first)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["settings"]["start"] == str(finished)
+
+
 def test_settings_reach_the_run(onestroke, pipeline_folder, prompt_file, tmp_path):
     given = ("--seed", "7", "--set", "lr.student=0.5", "--set", "lo=0.25", "--set", "ema=0", "--set", "log_with=none")
     assert onestroke(*arguments(pipeline_folder, prompt_file, tmp_path / "run", *given)).code == 0
@@ -140,8 +150,8 @@ def test_methods_and_teachers_as_json(tmp_path):
     rows = {row["name"]: row for row in json.loads(said.out)}
     assert rows["swiftbrush"]["players"] == ["student", "fake"]
     assert rows["swiftbrush"]["needs"] == ["prompts"]
-    powers = {"alpha_power": 2.0, "sigma_power": 2.0}
-    assert rows["swiftbrush"]["options"] == {"lo": 0.02, "hi": 0.98, "null_rate": 0.1, **powers}
+    ours = {"alpha_power": 2.0, "sigma_power": 2.0, "guide_fake": True}
+    assert rows["swiftbrush"]["options"] == {"lo": 0.02, "hi": 0.98, "null_rate": 0.1, **ours}
     said = shell("teachers", "--json", cwd=tmp_path)
     assert (said.code, said.err) == (0, "")
     from onestroke.teachers import built_in
@@ -265,6 +275,26 @@ def test_output_that_is_a_file_or_below_one(assert_refused, pipeline_folder, pro
     assert_refused(
         *arguments(pipeline_folder, prompt_file, tmp_path / "file" / "out"), says=("is a file", "another --out")
     )
+
+
+def test_what_no_student_begins_from(assert_refused, finished, pipeline_folder, prompt_file, tmp_path):
+    def refused(*given, teacher=pipeline_folder, says):
+        assert_refused(*arguments(teacher, prompt_file, tmp_path / "run", *given), says=says)
+
+    refused("--set", "start=nowhere", says=("no such folder: nowhere",))
+    refused("--set", f"start={pipeline_folder}", says=("is no student",))
+    start = ("--set", f"start={finished}")
+    refused(*start, "--set", "lora_rank.student=2", says=("leave start or lora_rank.student out",))
+    refused(*start, "--set", "students=2", says=("leave start out",))
+    other = tmp_path / "other"
+    shutil.copytree(pipeline_folder, other)
+    tensors = {k: v + 1 for k, v in load_file(other / UNET).items()}
+    save_file(tensors, other / UNET, {"format": "pt"})
+    refused(*start, teacher=other, says=("is a student of", "whose weights are others"))
+    branch = tmp_path / "branch"
+    shutil.copytree(finished, branch)
+    (branch / "branch.safetensors").touch()
+    refused("--set", f"start={branch}", says=("negative-prompt branch",))
 
 
 def test_resume_of_a_different_run(assert_refused, finished, pipeline_folder, prompt_file, tmp_path):

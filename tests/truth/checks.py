@@ -210,19 +210,21 @@ def two_classes(path, shift, std):
     return GaussianMixture(path, tensor([shift], [-shift]), std, labels=[0, 1])
 
 
-def guided_vsd_is_the_closed_form(swiftbrush, path, a, b, kappa: float = 4.5):
-    """Fixture CFG of sheet 2: null + kappa (class - null) in eps, on teacher *and* fake, sample by sample."""
+def guided_vsd_is_the_closed_form(swiftbrush, path, a, b, kappa: float = 4.5, **options):
+    """Fixture CFG of sheet 2: null + kappa (class - null) in eps, on teacher *and* fake, sample by sample; on the
+    teacher alone under guide_fake=False."""
     z, e = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(3), dtype=F64)
     x = 0.4 + 0.8 * z
     student = Free(x)
-    method = swiftbrush(parts(path, two_classes(path, 0.9, 0.5), student, two_classes(path, 0.6, 0.8), kappa))
+    nets = parts(path, two_classes(path, 0.9, 0.5), student, two_classes(path, 0.6, 0.8), kappa)
+    method = swiftbrush(nets, **options)
     with at(T):
         turn = next(method.step(Batch(z, labels(6, 0), Given(e)), 0))
     sum(turn.terms.values()).backward()
     xt = a * x + b * e
     real, fake = (
-        (1 - kappa) * two_class_eps(xt, a, b, *law, -1) + kappa * two_class_eps(xt, a, b, *law, 0)
-        for law in ((0.9, 0.5), (0.6, 0.8))
+        (1 - scale) * two_class_eps(xt, a, b, *law, -1) + scale * two_class_eps(xt, a, b, *law, 0)
+        for scale, law in ((kappa, (0.9, 0.5)), (kappa if options.get("guide_fake", True) else 1.0, (0.6, 0.8)))
     )
     close(student.x.grad, b**2 / (a**2 + b**2) * (real - fake) / 6)
 

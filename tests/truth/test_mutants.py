@@ -34,7 +34,8 @@ def vsd(module):
 
 
 def guided(module):
-    checks.guided_vsd_is_the_closed_form(module.SwiftBrush, make_path("vp"), *hand_ab("vp"))
+    for guide_fake in ({}, {"guide_fake": False}):
+        checks.guided_vsd_is_the_closed_form(module.SwiftBrush, make_path("vp"), *hand_ab("vp"), **guide_fake)
 
 
 def fake_loss(module):
@@ -87,7 +88,7 @@ def log_prob(module):
     checks.log_prob_is_that_of_torch(module.GaussianMixture, make_path("vp"), "vp")
 
 
-NETS = "real, fake = self.guide(self.teacher)(xt, t, cond), self.guide(self.fake)(xt, t, cond)"
+NETS = "real, fake = self.guide(self.teacher)(xt, t, cond), fake(xt, t, cond)"
 MUTANTS = [
     # the student's turn
     (SWIFT, "real.eps - fake.eps", "fake.eps - real.eps", vsd),
@@ -97,7 +98,8 @@ MUTANTS = [
     (SWIFT, "self.path.unit_ab(t)[1], x)", "self.path.ab(t)[1] * 1.01, x)", vsd),
     (SWIFT, "self.path.mix(x, draw.normal(x), t)", "self.path.mix(x, 0 * draw.normal(x), t)", guided),
     (SWIFT, NETS, NETS.replace("real, fake =", "fake, real ="), vsd),
-    (SWIFT, "self.guide(self.fake)(xt", "self.fake(xt", guided),
+    (SWIFT, "self.guide(self.fake) if self.guide_fake else self.fake", "self.guide(self.fake)", guided),
+    (SWIFT, "guide_fake: bool = True", "guide_fake: bool = False", guided),
     (SWIFT, "self.guide(self.teacher)(xt", "self.teacher(xt", guided),
     # the fake's turn
     (SWIFT, "alpha = self.path.unit_ab(t)[0]", "alpha = self.path.unit_ab(t)[1]", fake_loss),

@@ -33,8 +33,9 @@ def test_vsd_under_another_weight_is_the_closed_form(name, power):
 
 
 @each
-def test_vsd_is_the_closed_form_under_guidance(name):
-    checks.guided_vsd_is_the_closed_form(SwiftBrush, make_path(name), *hand_ab(name))
+@pytest.mark.parametrize("guide_fake", [True, False])
+def test_vsd_is_the_closed_form_under_guidance(name, guide_fake):
+    checks.guided_vsd_is_the_closed_form(SwiftBrush, make_path(name), *hand_ab(name), guide_fake=guide_fake)
 
 
 def gradient(path, teacher, fake, scale, count=32):
