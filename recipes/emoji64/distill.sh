@@ -11,6 +11,6 @@ part() {  # folder, rounds, settings
     --out "$folder" --steps "$rounds" --set ema=0.995 $resume "${@:3}"
 }
 part "$out-first" 3600
-part "$out-second" 800 --set start="$out-first" --set hi=0.3
-part "$out" 600 --set start="$out-second" --set hi=0.3
+part "$out-second" 800 --set init="$out-first" --set hi=0.3
+part "$out" 600 --set init="$out-second" --set hi=0.3
 python -c "import sys; from pathlib import Path; from onestroke.demo import report_on; report_on(Path(sys.argv[1]))" "$out"

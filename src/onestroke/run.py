@@ -135,18 +135,18 @@ def check_network(folder: Path, needs: Collection[str]) -> None:
         raise no_halves(network[-1])
 
 
-def check_start(run: Settings) -> None:
+def check_init(run: Settings) -> None:
     """Refuse a student that another cannot begin from, by its small files. Raises InputError."""
     from onestroke.students.student import read_card
     from onestroke.teachers.branch import BRANCH
 
-    read_card(Path(run.start))
+    read_card(Path(run.init))
     if run.of("lora_rank", "student", 0):
-        raise InputError("a student with LoRA begins at its teacher; leave start or lora_rank.student out.")
+        raise InputError("a student with LoRA begins at its teacher; leave init or lora_rank.student out.")
     if run.students > 1:
-        raise InputError(f"students={run.students} begin at their teacher; leave start out.")
-    if (Path(run.start) / BRANCH).is_file():
-        raise InputError(f"{run.start} is its teacher with a negative-prompt branch, not a student to go on from.")
+        raise InputError(f"students={run.students} begin at their teacher; leave init out.")
+    if (Path(run.init) / BRANCH).is_file():
+        raise InputError(f"{run.init} is its teacher with a negative-prompt branch, not a student to go on from.")
 
 
 def check_several(run: Settings, prompts: list[str], owners: list[int] | None, more: bool) -> None:
@@ -263,8 +263,8 @@ def distill(
         check_reward(reward or run.reward, source)
     if run.students > 1 or owners is not None:
         check_several(run, lines, owners, pictures is not None or pairs is not None)
-    if run.start:
-        check_start(run)
+    if run.init:
+        check_init(run)
     check_folder(out, recipe, resume)
 
     from onestroke.denoiser import plain
@@ -293,10 +293,10 @@ def distill(
     if pictures is not None and "x0" in needs:
         x0 = encoded(teacher, pictures, out / "images.safetensors")
     parts = parts_of(teacher, run, null, judge, cond)
-    if run.start:
-        first = load_student(run.start)
+    if run.init:
+        first = load_student(run.init)
         if first.card.get("teacher_fingerprint") != fingerprint(teacher.net):
-            raise InputError(f"{run.start} is a student of {first.card.get('teacher')!r}, whose weights are others.")
+            raise InputError(f"{run.init} is a student of {first.card.get('teacher')!r}, whose weights are others.")
         parts.student.load_state_dict(first.model.net.state_dict())
     playing = cls(parts, **chosen)
     few = getattr(playing, "few", parts.few)  # as the method calls it

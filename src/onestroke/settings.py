@@ -33,7 +33,7 @@ class Settings:
     width: int = 0
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
-    start: str = ""
+    init: str = ""
     """The folder of a student of the same teacher to go on from; empty: the student begins as the teacher."""
     students: int = 1
     """Students on as many clusters of the prompts, each a run of its own, and a router between them; a folder of prompt

@@ -119,12 +119,12 @@ def test_resume_continues_to_the_same_weights(onestroke, finished, pipeline_fold
 
 def test_a_student_begins_from_another(onestroke, finished, pipeline_folder, prompt_file, tmp_path):
     """At rate 0 it stays what it began as, which is not the teacher."""
-    given = ("--set", f"start={finished}", "--set", "lr=0", "--set", "log_with=none")
+    given = ("--set", f"init={finished}", "--set", "lr=0", "--set", "log_with=none")
     said = onestroke(*arguments(pipeline_folder, prompt_file, tmp_path / "run", *given))
     assert (said.code, said.err) == (0, ""), said
     first, second = load_file(finished / UNET), load_file(tmp_path / "run" / UNET)
     assert all(torch.equal(second[k], first[k]) for k in first)
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["settings"]["start"] == str(finished)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["settings"]["init"] == str(finished)
 
 
 def test_settings_reach_the_run(onestroke, pipeline_folder, prompt_file, tmp_path):
@@ -281,20 +281,20 @@ def test_what_no_student_begins_from(assert_refused, finished, pipeline_folder, 
     def refused(*given, teacher=pipeline_folder, says):
         assert_refused(*arguments(teacher, prompt_file, tmp_path / "run", *given), says=says)
 
-    refused("--set", "start=nowhere", says=("no such folder: nowhere",))
-    refused("--set", f"start={pipeline_folder}", says=("is no student",))
-    start = ("--set", f"start={finished}")
-    refused(*start, "--set", "lora_rank.student=2", says=("leave start or lora_rank.student out",))
-    refused(*start, "--set", "students=2", says=("leave start out",))
+    refused("--set", "init=nowhere", says=("no such folder: nowhere",))
+    refused("--set", f"init={pipeline_folder}", says=("is no student",))
+    init = ("--set", f"init={finished}")
+    refused(*init, "--set", "lora_rank.student=2", says=("leave init or lora_rank.student out",))
+    refused(*init, "--set", "students=2", says=("leave init out",))
     other = tmp_path / "other"
     shutil.copytree(pipeline_folder, other)
     tensors = {k: v + 1 for k, v in load_file(other / UNET).items()}
     save_file(tensors, other / UNET, {"format": "pt"})
-    refused(*start, teacher=other, says=("is a student of", "whose weights are others"))
+    refused(*init, teacher=other, says=("is a student of", "whose weights are others"))
     branch = tmp_path / "branch"
     shutil.copytree(finished, branch)
     (branch / "branch.safetensors").touch()
-    refused("--set", f"start={branch}", says=("negative-prompt branch",))
+    refused("--set", f"init={branch}", says=("negative-prompt branch",))
 
 
 def test_resume_of_a_different_run(assert_refused, finished, pipeline_folder, prompt_file, tmp_path):
