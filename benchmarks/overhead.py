@@ -2,7 +2,8 @@
 
 A round is the real Trainer's, on the built-in teacher emoji64 by SwiftBrush with the settings of its recipe. The bare
 passes are written out by hand on the same networks, batch and threads: the student forward and backward, the guided
-teacher and the guided fake score without gradient, the fake score forward and backward, and the two optimiser steps.
+teacher and the fake score, guided where the recipe says so, without gradient, the fake score forward and backward, and
+the two optimiser steps.
 Both are timed in turn in one process; the figure is the median over the pairs.
 
 python -m benchmarks.overhead [--pairs 20] [--batch-size 24] [--threads N]
@@ -86,7 +87,8 @@ def bare_round(trainer: Trainer) -> Callable[[], None]:
     x, text = batch.noise, batch.cond["text"]
     t = torch.full((len(x),), 500.0)
     guided = run.guidance_scale != 1
-    twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, text])) if guided else (x, t, text)
+    once = (x, t, text)
+    twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, text])) if guided else once
 
     def call(net: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with trainer.accelerator.autocast(), plain_attention(x):
@@ -102,7 +104,7 @@ def bare_round(trainer: Trainer) -> Callable[[], None]:
     @torch.no_grad()
     def look() -> None:
         call(teacher, *twice)
-        call(fake, *twice)
+        call(fake, *(twice if method.guide_fake else once))
 
     def one() -> None:
         learn(student, optimisers[0], look)
