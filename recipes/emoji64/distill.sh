@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The long distillation of emoji64 in parts: the demo's settings for many times the rounds, and then twice the less noisy
-# times alone, which clean what is drawn. Resumable: call it again after an interruption.
+# The long distillation of emoji64: the demo's settings for many times the rounds, then twice the less noisy times alone,
+# which clean what is drawn; at last its sheet and report. Resumable: call it again after an interruption.
 # usage: recipes/emoji64/distill.sh [OUT]
 set -euo pipefail
 out=${1:-runs/emoji64-long}
