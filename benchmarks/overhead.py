@@ -82,7 +82,7 @@ def bare_round(trainer: Trainer) -> Callable[[], None]:
     method, run = trainer.method, trainer.settings
     student, fake, teacher = (getattr(method, role).unet for role in ("student", "fake", "teacher"))
     params = [[p for p in net.parameters() if p.requires_grad] for net in (student, fake)]
-    optimisers = [torch.optim.AdamW(p, lr=0.0, foreach=True) for p in params]
+    optimisers = [torch.optim.AdamW(p, lr=0.0, fused=True) for p in params]
     batch = trainer.batches(0)[0]
     x, text = batch.noise, batch.cond["text"]
     t = torch.full((len(x),), 500.0)

@@ -20,12 +20,15 @@ from onestroke.paths import Cond, Estimate, Path, Prediction, like
 class Denoiser(nn.Module, ABC):
     """A network on a path. A subclass writes `predict` and nothing else.
 
-    Raises ValueError when the prediction type is singular at an end of the path. `bottleneck` is the place of the
-    narrowest layer among the tapped features, `clock` the name of the submodule that embeds the time, as (B, E).
+    Raises ValueError when the prediction type is singular at an end of the path. `taps` names the layers whose outputs
+    are its features, which it gives where it is asked to (see `tap`). `bottleneck` is the place of the narrowest layer
+    among them, `clock` the name of the submodule that embeds the time, as (B, E).
     """
 
     bottleneck: int = -1
     clock: str | None = None
+    taps: tuple[str, ...] = ()
+    tapping = False
 
     def __init__(self, path: Path, prediction: Prediction):
         super().__init__()
@@ -44,6 +47,14 @@ class Denoiser(nn.Module, ABC):
     def estimate(self, x: Tensor, out: Tensor, t: Tensor) -> Estimate:
         """What the raw output (B, *D) says of x (B, *D) at t (B,)."""
         return self.path.split(x, out, t, self.prediction)
+
+
+def tap(net: nn.Module) -> nn.Module:
+    """`net`, whose estimates hold its features from now on. Nobody else pays for keeping them."""
+    for module in net.modules():
+        if isinstance(module, Denoiser):
+            module.tapping = True
+    return net
 
 
 class Halves(Denoiser):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onestroke.denoiser import Denoiser, Guided
+from onestroke.denoiser import Denoiser, Guided, tap
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.heads import Critic, Head, Heads, Pool, feature_channels
@@ -107,21 +107,19 @@ class Parts:
                 raise InputError(f"the prompt {text!r} is longer than all prompts of the run; put it among them.")
         return {k: torch.cat([row[k].to(v.device) for row in rows]) for k, v in self.null.items()}
 
-    def head(self) -> Head:
-        """A fresh discriminator head for the bottleneck of the network."""
-        return Head(self._channels()[self.bottleneck]).to(self._kind)
-
     def heads(self) -> Heads:
-        """Fresh discriminator heads for every tapped layer of the network."""
-        return Heads(self._channels()).to(self._kind)
+        """Fresh discriminator heads for every tapped layer of the teacher."""
+        return Heads(self._channels(self.teacher)).to(self._kind)
 
     def pool(self, count: int) -> Pool:
-        """`count` fresh discriminator heads for every tapped layer of the network, of which a call uses one each."""
-        return Pool(self._channels(), count).to(self._kind)
+        """`count` fresh discriminator heads for every tapped layer of the teacher, of which a call uses one each."""
+        return Pool(self._channels(self.teacher), count).to(self._kind)
 
     def critic(self, role: str) -> Critic:
-        """`copy(role)` with a discriminator head on its bottleneck, one player."""
-        return Critic(self.copy(role), self.head(), self.bottleneck)
+        """`copy(role)` with a fresh discriminator head on its bottleneck, one player."""
+        net = self.copy(role)
+        head = Head(self._channels(net)[self.bottleneck])
+        return Critic(net, head.to(self._kind), self.bottleneck)
 
     @property
     def bottleneck(self) -> int:
@@ -133,8 +131,9 @@ class Parts:
         """The type of the network's weights, which its heads share."""
         return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
 
-    def _channels(self) -> list[int]:
-        return feature_channels(self.student, self.shape, self.null)
+    def _channels(self, net: nn.Module) -> list[int]:
+        """Of the features of `net`, which gives them from now on."""
+        return feature_channels(tap(net), self.shape, self.null)
 
     def target(self, student: nn.Module | None = None) -> nn.Module:
         """A frozen copy of what the student trains, over what it shares with the teacher; `follow` moves it.

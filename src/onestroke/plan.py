@@ -125,6 +125,9 @@ class HollowTrainer(Trainer):
             return Hollow8bit(params, **options)
         return super().optimizer(params, **options)
 
+    def clip(self, params: list[nn.Parameter]) -> None:
+        """Gradients without storage have no norm; clipping works in place."""
+
 
 @dataclass(frozen=True)
 class Plan:

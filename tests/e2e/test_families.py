@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from families import FAMILIES
-from onestroke.denoiser import Guided
+from onestroke.denoiser import Guided, tap
 from onestroke.paths import Flow
 from onestroke.sampling import FewStep
 from onestroke.students.student import SeededNoise, Student, load_student, save_student
@@ -137,7 +137,9 @@ def test_features_are_those_of_the_picture(name, teachers):
     teacher = teachers[name]
     with torch.no_grad():
         x = torch.randn(2, *teacher.shape)
-        est = teacher.net(x, torch.full((2,), 0.5, dtype=torch.float64), teacher.encode(PROMPTS))
+        given = x, torch.full((2,), 0.5, dtype=torch.float64), teacher.encode(PROMPTS)
+        assert copy.deepcopy(teacher.net)(*given).features == (), "nobody asked for them"
+        est = tap(copy.deepcopy(teacher.net))(*given)
     assert len(est.features) == len(teacher.net.taps)
     middle = est.features[teacher.net.bottleneck]
     if teacher.part == "unet":

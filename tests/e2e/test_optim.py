@@ -64,7 +64,7 @@ def test_its_steps_are_those_of_bitsandbytes():
     one, two = (torch.nn.Parameter(torch.ones(80, 80)) for _ in range(2))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
     ours, theirs = eight_bit()([one], **options), adamw([two], **options)
-    begin(ours)
+    begin(ours, torch.device("cpu"))
     for _ in range(5):
         one.grad = torch.randn(80, 80)
         two.grad = one.grad.clone()

@@ -102,7 +102,6 @@ class Student:
 
     def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
         self.model, self.card, self.folder = model, card, folder
-        model.net.taps = ()  # drawing needs no features, and a compiled graph must not change with hooks
         how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
         self.few = FewStep(model.path, model.path.grid(card["student_steps"]), **how)
 

@@ -34,7 +34,8 @@ class DiTDenoiser(Denoiser):
 
     def predict(self, x, t, cond):
         dtype = next(self.transformer.parameters()).dtype
-        with plain_attention(x), tapped(self.transformer, self.taps, tokens) as features:
+        taps = self.taps if self.tapping else ()
+        with plain_attention(x), tapped(self.transformer, taps, tokens) as features:
             with steered(self.transformer, self.call, cond, self.branch):
                 out = self.transformer(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
         return self.call.answer(out, x.shape[1:]), tuple(f[: len(x)] for f in features)

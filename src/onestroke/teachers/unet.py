@@ -34,7 +34,8 @@ class UNetDenoiser(Halves):
 
     def predict(self, x, t, cond):
         dtype = next(self.unet.parameters()).dtype
-        with plain_attention(x), tapped(self.unet, self.taps) as features:
+        taps = self.taps if self.tapping else ()
+        with plain_attention(x), tapped(self.unet, taps) as features:
             with steered(self.unet, self.call, cond, self.branch):
                 out = self.unet(**self.call.arguments(x, clock(self.path, t), cond, dtype))[0]
         return self.call.answer(out, x.shape[1:]), tuple(f[: len(x)] for f in features)

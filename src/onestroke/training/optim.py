@@ -26,18 +26,21 @@ def check_optimizer(name: str) -> None:
 def make_optimizer(name: str, params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """`adamw` or `adamw8bit` with these lr, betas and weight_decay. Raises InputError where it is not installed."""
     check_optimizer(name)
-    return torch.optim.AdamW(params, foreach=True, **options) if name == "adamw" else eight_bit()(params, **options)
+    return torch.optim.AdamW(params, fused=True, **options) if name == "adamw" else eight_bit()(params, **options)
 
 
-def begin(optimizer: Any) -> None:
-    """Make the state of every parameter, so that a checkpoint has the same keys before the first round and after."""
+def begin(optimizer: Any, device: torch.device) -> None:
+    """Make the state of every parameter, so that a checkpoint has the same keys before the first round and after.
+
+    The fused kernel reads how many steps were taken on `device`, where the parameters are when it runs.
+    """
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if hasattr(optimizer, "init_state"):
                 optimizer.init_state(group, p, i, j)
             else:
                 zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                optimizer.state[p] = {"step": torch.zeros(()), **zeros}
+                optimizer.state[p] = {"step": torch.zeros((), device=device), **zeros}
 
 
 def state_8bit(p: Tensor) -> dict[str, Tensor]:

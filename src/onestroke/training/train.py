@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from onestroke.denoiser import plain_attention
 from onestroke.draws import Draws
@@ -88,19 +89,19 @@ class Average:
     """The exponential moving average of a module's trained parameters; warms up as (1 + k) / (10 + k)."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay, self.count = module, decay, 0
-        self.values = {k: p.detach().clone() for k, p in live(module).items()}
+        self.live, self.decay, self.count = live(module), decay, 0
+        self.values = {k: p.detach().clone() for k, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(list(self.values.values()), list(live(self.module).values()), weight)
+        torch._foreach_lerp_(list(self.values.values()), list(self.live.values()), weight)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the average and the live weights; twice is the identity."""
-        for k, p in live(self.module).items():
+        for k, p in self.live.items():
             held = p.detach().clone()
             p.copy_(self.values[k])
             self.values[k].copy_(held)
@@ -156,7 +157,7 @@ class Trainer:
             params = [p for p in wrapped.parameters() if p.requires_grad]
             rates = {"lr": settings.of("lr", player, 1e-5), "betas": tuple(settings.of("betas", player))}
             made = self.optimizer(params, weight_decay=settings.weight_decay, **rates)
-            begin(made)
+            begin(made, self.device)
             self.optimisers[player] = self.accelerator.prepare_optimizer(made, device_placement=False)
         self.average = Average(self.bare(method.players[0]), settings.ema) if settings.ema else None
         if self.offload.home is not None:
@@ -190,14 +191,21 @@ class Trainer:
             warm *= 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return warm
 
+    def clip(self, params: list[nn.Parameter]) -> None:
+        """Scale the gradients down where their norm is larger than `settings.clip`; they are read twice only then."""
+        norm = get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm > self.settings.clip:
+            clip_grads_with_norm_(params, self.settings.clip, norm)
+
     def update(self, player: str) -> None:
         """One optimiser step of one player, and of the average after the first player's."""
         first = player == self.method.players[0]
-        optimiser, module = self.optimisers[player], getattr(self.method, player)
+        optimiser = self.optimisers[player]
         with self.offload.here(player, f"{player}.optim", *(["average"] if first else [])):
             if self.settings.clip:
                 self.accelerator.unscale_gradients(optimiser)
-                torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], self.settings.clip)
+                self.clip([p for group in optimiser.param_groups for p in group["params"]])
             for group in optimiser.param_groups:
                 group["lr"] = self.settings.of("lr", player, 1e-5) * self.factor
             optimiser.step()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestroke import terms, times
+from onestroke.denoiser import tap
 from onestroke.method import Batch, Mean, Parts, Turn, frozen
 from onestroke.methods.score.sid import SiD
 from onestroke.paths import Estimate, like
@@ -57,6 +58,8 @@ class SiDA(SiD):
         self.gan_weight, self.critic_weight = gan_weight, critic_weight
         self.prelude, self.gan_from = self.phases = prelude, gan_from
         self.judged, self.bottleneck = gan_weight > 0, parts.bottleneck
+        if self.judged:
+            tap(self.fake)
 
     def logits(self, est: Estimate) -> Tensor:
         """(B, N): one per place of the fake's bottleneck."""
