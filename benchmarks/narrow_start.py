@@ -21,7 +21,7 @@ from onestroke import terms
 from onestroke.method import Parts
 from onestroke.methods import get_method, options
 from onestroke.paths import EDM
-from onestroke.run import recipe_defaults
+from onestroke.run import recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers.gaussian import GaussianMixture
@@ -44,7 +44,7 @@ def recovered(method: str, divergence: str, rounds: int, seed: int) -> tuple[lis
     net = fit(GaussianMixture(labelled.path, labelled.means[:1], labelled.std[:1]), "x0", 600, seed, 200)
     cls = get_method(method)
     chosen = {"seed": seed, "steps": rounds, "batch_size": 256, "divergence": divergence, **RUN[method]}
-    run, own = resolve(chosen, options(cls), cls.players, DEFAULTS, recipe_defaults("exact", method))
+    run, own = resolve(chosen, options(cls), cls.players, DEFAULTS, *recipe_layers("exact", method))
     few = FewStep(teacher.path, teacher.path.grid(1))
     null, shape = teacher.null, teacher.shape
     parts = Parts(teacher, copy.deepcopy(net), lambda role: copy.deepcopy(net), few, null, 1.0, shape, rounds=rounds)

@@ -24,7 +24,7 @@ from onestroke.denoiser import plain_attention
 from onestroke.method import Parts
 from onestroke.methods import get_method, options
 from onestroke.paths import Cond, Table
-from onestroke.run import read_prompts, recipe_defaults
+from onestroke.run import read_prompts, recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers import BUILT_IN, built_in, load_teacher
@@ -70,7 +70,7 @@ def setting() -> tuple[str, nn.Module, Data, Cond]:
 
 def make_trainer(net: nn.Module, data: Data, null: Cond, given: dict[str, Any]) -> Trainer:
     cls = get_method(METHOD)
-    run, chosen = resolve(given, options(cls), cls.players, LEAST, cls.defaults, recipe_defaults(TEACHER, METHOD))
+    run, chosen = resolve(given, options(cls), cls.players, LEAST, cls.defaults, *recipe_layers(TEACHER, METHOD))
     few = FewStep(net.path, net.path.grid(1))
     student = make_role(net, "student", run)
     parts = Parts(net, student, lambda role: make_role(net, role, run), few, null, run.guidance_scale)

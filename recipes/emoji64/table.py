@@ -1,8 +1,8 @@
 """What every method makes of a built-in teacher in the same short run: KID and retrieval of its one-step pictures.
 
-Each method is distilled with the shipped settings of this teacher where there are any, and with BUDGET for the rest.
-Its row goes to OUT/table.json when it is done, and those already there are kept: an interrupted table is continued by
-the same command. The page is written from that file.
+Each method is distilled with the shipped settings of this teacher, as `onestroke distill` does by itself. Its row goes
+to OUT/rows when it is done, and those already there are kept: an interrupted table is continued by the same command,
+and several may fill one table with different methods. The page is written from these rows.
 
     python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...]
 """
@@ -24,22 +24,9 @@ from onestroke.demo import SCORE_SEED, draw_all, samplers
 from onestroke.errors import InputError
 from onestroke.methods import METHODS, get_method
 from onestroke.metrics import LiteFeatures, kid, machine, reference_features, retrieval
-from onestroke.run import read_prompts, recipe_defaults
+from onestroke.run import read_prompts
 from onestroke.teachers import BUILT_IN
 
-BUDGET: dict[str, Any] = {
-    "steps": 400,
-    "pair_count": 600,
-    "solver_steps": 12,
-    "batch_size": 24,
-    "lr": {"*": 1e-4},
-    "ema": 0.98,
-    "clip": 10.0,
-    "decay": "cosine",
-    "warmup": 20,
-    "precision": "bf16",
-    "guidance_scale": 2.0,
-}
 HEAD = """# Methods on {teacher}
 
 One step of the student of each method after a short run, on {count} prompts of the teacher's own list: KID on
@@ -78,33 +65,35 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="where the table is written in words")
     args = parser.parse_args()
     folder = BUILT_IN / args.teacher
-    prompts, file = read_prompts(folder / "prompts.txt"), args.out / "table.json"
+    prompts, rows = read_prompts(folder / "prompts.txt"), args.out / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(SCORE_SEED))[: args.count]
     chosen = [prompts[i] for i in order]
     extract, (reference, _) = LiteFeatures(), reference_features(args.teacher)
     towers, teacher = load_teacher("emoji64").pipeline, load_teacher(args.teacher)
     images = write_images(args.data, args.out / "images")
-    table = json.loads(file.read_text()) if file.is_file() else {}
 
     def score(draw) -> dict[str, float]:
         pictures, _ = draw_all(draw, chosen)
         return {"kid": kid(extract.of(pictures), reference), "retrieval": retrieval(towers, pictures, chosen)}
 
     def keep(name: str, row: dict[str, Any]) -> None:
-        table[name] = row
-        file.write_text(json.dumps(table, indent=1) + "\n")
+        (rows / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         print(name, json.dumps(row), flush=True)
 
+    def known(name: str) -> bool:
+        return (rows / f"{name}.json").is_file()
+
     scale = json.loads((folder / "onestroke.json").read_text())["guidance_scale"]
-    for name, draw in list(samplers(teacher, None, scale).items())[:2]:
-        if name not in table:
+    two = list(samplers(teacher, None, scale).items())[:2]
+    for name, draw in two:
+        if not known(name):
             keep(name, score(draw))
     for method in args.methods:
-        if method in table:
+        if known(method):
             continue
         source = {"images": images} if "x0" in get_method(method).needs else {"prompts": folder / "prompts.txt"}
-        settings = {**BUDGET, **recipe_defaults(args.teacher, method), "log_with": "none"}
-        settings["steps"] = args.rounds or settings["steps"]
+        settings = {"log_with": "none"} | ({"steps": args.rounds} if args.rounds else {})
         out = args.out / method
         try:
             distill(args.teacher, method=method, out=out, resume=(out / "recipe.json").is_file(), **source, **settings)
@@ -114,10 +103,11 @@ def main() -> None:
         student = load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
         needs, seconds = sorted(get_method(method).needs), round(student.card["seconds"])
-        about = {"needs": needs, "seconds": seconds, "rounds": settings["steps"]}
+        about = {"needs": needs, "seconds": seconds, "rounds": student.card["rounds"]}
         keep(method, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
-    many, one, *_ = table.values()
+    table = {path.stem: json.loads(path.read_text()) for path in rows.glob("*.json")}
+    many, one = (table[name] for name, _ in two)
     lines = [
         f"| {name} | {', '.join(row['needs']) or 'prompts'} | {row['rounds']} | {row['kid']:.3f} "
         f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} |"

@@ -25,6 +25,8 @@ from onestroke.teachers import locate
 from onestroke.training.optim import check_optimizer
 
 RECIPES = Path(__file__).parent / "recipes"
+SHIPPED = {path.name for path in RECIPES.iterdir()}
+COMMON = "common"
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,19 @@ def read_shares(folder: Path) -> tuple[list[str], list[int]]:
     return list(found), list(found.values())
 
 
-def recipe_defaults(teacher: str, method: str) -> dict[str, Any]:
-    """The shipped settings of a method on a built-in teacher; empty for others."""
-    path = RECIPES / teacher / f"{method}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def recipe_layers(teacher: str, method: str) -> list[dict[str, Any]]:
+    """The shipped settings on a built-in teacher, later ones win: those of every method, and this one's. For other
+    teachers they are empty.
+
+    What is said of a player counts for the methods that have it.
+    """
+    players, layers = ("*", *get_method(method).players), []
+    for name in (COMMON, method) if teacher in SHIPPED else ():
+        path = RECIPES / teacher / f"{name}.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        tables = {k: v for k, v in found.items() if name == COMMON and isinstance(v, dict)}
+        layers.append(found | {k: {p: e for p, e in v.items() if p in players} for k, v in tables.items()})
+    return layers
 
 
 def plan_run(
@@ -92,7 +103,7 @@ def plan_run(
 ) -> tuple[Recipe, Settings, dict[str, Any]]:
     """Check everything that can be checked before anything heavy is loaded. Raises InputError."""
     cls = get_method(method)
-    settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, recipe_defaults(teacher, method))
+    settings, chosen = resolve(given, options(cls), cls.players, cls.defaults, *recipe_layers(teacher, method))
     if settings.student_steps > cls.max_steps:
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
     if settings.renoise == "fixed" and settings.student_steps > 1:

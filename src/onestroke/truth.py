@@ -18,7 +18,7 @@ from onestroke.errors import InputError, unknown
 from onestroke.method import Batch, Method, Pairs, Parts, Reward, Turn
 from onestroke.methods import METHODS, get_method, options
 from onestroke.paths import EDM, VP, Cond, Flow, Path, Prediction, like
-from onestroke.run import recipe_defaults
+from onestroke.run import recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
 from onestroke.solvers import solve
@@ -225,7 +225,7 @@ def converge(
     """
     began = time.monotonic()
     cls = get_method(method)
-    layers = ({"seed": seed}, DEFAULTS, recipe_defaults("exact", method))
+    layers = ({"seed": seed}, DEFAULTS, *recipe_layers("exact", method))
     given = settings | ({"student_steps": student_steps} if student_steps else {})
     run, chosen = resolve(given, options(cls), cls.players, *layers)
     if run.student_steps > cls.max_steps:

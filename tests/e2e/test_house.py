@@ -19,7 +19,7 @@ from onestroke import cli, methods
 from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts, play
 from onestroke.paths import EDM, VP, Estimate, Flow
-from onestroke.run import RECIPES, recipe_defaults
+from onestroke.run import COMMON, RECIPES, recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers import GaussianMixture, built_in
@@ -150,20 +150,29 @@ def test_documents_name_one_version_and_one_licence():
 def test_every_shipped_recipe_resolves():
     found = sorted(RECIPES.glob("*/*.json"))
     assert found
-    for path in found:
-        teacher, method = path.parent.name, path.stem
+    for teacher, method in {(p.parent.name, p.stem) for p in found if p.stem != COMMON}:
         cls = methods.get_method(method)
         options = methods.options(cls)
-        settings, chosen = resolve({}, options, cls.players, cls.defaults, recipe_defaults(teacher, method))
+        settings, chosen = resolve({}, options, cls.players, cls.defaults, *recipe_layers(teacher, method))
         assert settings.student_steps <= cls.max_steps
         assert chosen.keys() <= options.keys()
-        given = json.loads(path.read_text())
+        given = json.loads((RECIPES / teacher / f"{method}.json").read_text())
         for key in given.keys() - {"lr", "betas", "lora_rank", "lora_alpha"}:
             assert (chosen if key in options else vars(settings))[key] == given[key], key
 
 
+@pytest.mark.parametrize("teacher", built_in())
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_settings_of_a_teacher_are_for_every_method(teacher, method):
+    cls = methods.get_method(method)
+    settings, _ = resolve({}, methods.options(cls), cls.players, cls.defaults, *recipe_layers(teacher, method))
+    assert settings.batch_size <= 32
+    assert settings.of("lr", cls.players[0]) >= 1e-5, "as of a large teacher: nothing would move in a short run"
+
+
 def test_recipes_and_built_in_teachers_go_together():
     assert {path.parent.name for path in RECIPES.glob("*/*.json")} == {*built_in(), "exact"}
+    assert recipe_layers(str(RECIPES / "emoji64"), "swiftbrush") == [], "a folder's own files are not settings"
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
