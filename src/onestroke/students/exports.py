@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import logging
@@ -56,9 +57,9 @@ from onestroke.teachers.pipeline import PipelineTeacher, network_of
 TARGETS = ("diffusers", "lora", "onnx")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
-UNTRACED = (  # complex rotary embeddings, or rows taken one by one: the tracers of torch bake the batch into the graph
+LONG = ("text", "mask")  # what of a condition is as long as its text
+UNTRACED = (  # the picture's places follow those of the text, row by row: a graph would be of one length of each text
     "Lumina2Transformer2DModel",
-    "QwenImageTransformer2DModel",
     "ZImageTransformer2DModel",
 )
 
@@ -238,11 +239,34 @@ def hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
+class Turned:
+    """Complex numbers as (..., 2) real ones, for which ONNX has a type: what rotary embeddings turn, by a constant."""
+
+    def __init__(self, pairs: Tensor):
+        self.pairs = pairs
+
+    def __mul__(self, by: Tensor) -> Turned:
+        c, d = (torch.from_numpy(part.numpy().copy()).to(self.pairs) for part in (by.real, by.imag))
+        a, b = self.pairs.unbind(-1)
+        return Turned(torch.stack([a * c - b * d, a * d + b * c], -1))
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return args[0].pairs if func is torch.view_as_real else NotImplemented
+
+
 class Settled(TorchFunctionMode):
-    """Squeezes where there is something to squeeze: a tracer writes both ways else, and one of them has no type."""
+    """Calls as a tracer can write them: complex numbers as pairs, whose making out of a last dimension names no other,
+    and squeezes only where there is something to squeeze (a tracer writes both ways else, and one has no type)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = (*args, *(kwargs or {}).values())
+        if func is torch.view_as_complex:
+            return Turned(*given)
+        if func is torch.Tensor.reshape and given[1:] == (*given[0].shape[:-1], -1, 2):
+            return given[0].unflatten(-1, (-1, 2))
         if func in (torch.squeeze, torch.Tensor.squeeze) and len(given) == 2 and isinstance(given[1], int):
             x, dim = given
             return x.select(dim, 0) if int(x.shape[dim]) == 1 else x
@@ -304,18 +328,26 @@ def to_onnx(student: Student, out: Path) -> None:
     Raises ExportError for a network that torch cannot trace.
     """
     model, few = student.model, student.few
-    if len(few.times) > 1 and few.renoise != "fresh":
-        raise InputError(f"a student with {few.renoise!r} noise between its steps is not exported to ONNX yet.")
+    if few.ahead:
+        raise InputError(
+            "a student whose encoder runs once for all steps is no graph of one step; export to diffusers."
+        )
     reference = by_training_sampler(model, model.net, few)  # which also fills every cache before tracing
     out.mkdir(parents=True, exist_ok=True)
     count = 3  # of no other size in the graph, lest a tracer take it for the batch
-    cond = model.encode([PROMPTS[0]] * count)
+    cond = as_long(model.encode([PROMPTS[0]] * count), text_length(model))
     x, t = torch.randn(count, *model.shape), torch.ones(count, dtype=torch.float64)
     graphs = {
         "denoiser": (X0(model.net, list(cond)), {"x": x, "t": t, **cond}, "x0"),
         "decoder": (Decoder(model), {"x0": x}, "images"),
     }
-    about: dict[str, Any] = {"shape": list(model.shape), "steps": schedule(few), "inputs": list(cond)}
+    about: dict[str, Any] = {
+        "shape": list(model.shape),
+        "inputs": list(cond),
+        "text": cond["text"].shape[1],
+        "renoise": few.renoise,
+        **schedule(few),
+    }
     if type(model.pipeline).__name__ == "StableDiffusionPipeline":
         tokenizer, about["tokens"] = model.components["tokenizer"], cond["text"].shape[1]
         ids = tokenizer([""] * count, padding="max_length", max_length=about["tokens"], return_tensors="pt").input_ids
@@ -329,15 +361,30 @@ def to_onnx(student: Student, out: Path) -> None:
     check(out, reference, Drawn(x0, drawer.decode(x0)), few, "onnx")
 
 
-def schedule(few: FewStep) -> dict[str, list[list[float]]]:
-    """Per number of steps, of every call (t, a, b): its input is a x0 + b noise, with x0 = 0 before the first."""
-    table, trained = {}, len(few.times)
+def text_length(model: PipelineTeacher) -> int:
+    """How long texts may be: what the pipeline itself allows by default, or 0 where it says nothing."""
+    allowed = inspect.signature(type(model.pipeline).__call__).parameters.get("max_sequence_length")
+    return 0 if allowed is None else int(allowed.default)
+
+
+def as_long(cond: Cond, length: int) -> Cond:
+    """`cond` with its text (B, L, E) and the mask of that at least `length` long, where a mask says where it ends."""
+    more = length - cond["text"].shape[1]
+    if more <= 0 or "mask" not in cond:
+        return cond
+    longer = {k: torch.cat([cond[k], cond[k].new_zeros(len(cond[k]), more, *cond[k].shape[2:])], 1) for k in LONG}
+    return {**cond, **longer}
+
+
+def schedule(few: FewStep) -> dict[str, dict[str, Any]]:
+    """Per number of steps: what multiplies the first noise, and (t, a, b) of every call, whose input is a x0 + b eps."""
+    start, table, trained = {}, {}, len(few.times)
     for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) else {trained}):
         times = few.path.grid(steps)
-        a, b = few.path.ab(torch.tensor(times, dtype=torch.float64))
-        a[0], b[0] = 0.0, FewStep(few.path, times, few.start).input(torch.ones(1, 1, dtype=torch.float64)).item()
-        table[str(steps)] = torch.stack([torch.tensor(times, dtype=torch.float64), a, b], 1).tolist()
-    return table
+        t = torch.tensor(times, dtype=torch.float64)
+        start[str(steps)] = FewStep(few.path, times, few.start).input(torch.ones(1, 1, dtype=torch.float64)).item()
+        table[str(steps)] = torch.stack([t, *few.path.ab(t)], 1).tolist()
+    return {"start": start, "steps": table}
 
 
 class OnnxStudent:
@@ -373,12 +420,22 @@ class OnnxStudent:
         steps, table = steps or self.card["student_steps"], self.about["steps"]
         if str(steps) not in table:
             raise InputError(f"this export draws in {', '.join(table)} steps, not {steps}.")
-        count = len(cond[self.about["inputs"][0]])
-        x0 = torch.zeros(count, *self.about["shape"])
-        for t, a, b in table[str(steps)]:
-            times = torch.full((count,), t, dtype=torch.float64)
-            x0 = self.run("denoiser", x=a * x0 + b * noise.normal(x0), t=times, **cond)
+        cond = as_long(cond, self.about["text"])
+        if (length := cond["text"].shape[1]) > self.about["text"]:
+            raise InputError(f"a text of {length} tokens is longer than the {self.about['text']} of this export.")
+        (t, a, b), *later = table[str(steps)]
+        x = self.about["start"][str(steps)] * noise.normal(torch.empty(len(cond["text"]), *self.about["shape"]))
+        x0 = self.denoised(x, t, cond)
+        for t_next, a_next, b_next in later:
+            eps = noise.normal(x0) if self.about["renoise"] == "fresh" else (x - a * x0) / b
+            t, a, b = t_next, a_next, b_next
+            x = a * x0 + b * eps
+            x0 = self.denoised(x, t, cond)
         return x0
+
+    def denoised(self, x: Tensor, t: float, cond: Cond) -> Tensor:
+        """x0 (B, C, H, W) of x at unit time t."""
+        return self.run("denoiser", x=x, t=torch.full((len(x),), t, dtype=torch.float64), **cond)
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
@@ -445,7 +502,7 @@ def export(
     if to == "onnx":
         onnx_runtime()
         if (kind := network_of(folder)[1].__name__) in UNTRACED:
-            raise InputError(f"torch cannot write a {kind} as ONNX with a dynamic batch yet; export to diffusers.")
+            raise InputError(f"a {kind} has no graph for texts of every length, so no ONNX; export to diffusers.")
     student = load_student(folder)
     if to == "diffusers":
         to_diffusers(student, out, dtype or "float32")

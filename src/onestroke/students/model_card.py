@@ -50,7 +50,8 @@ to_pil(student.decode(student.latents(cond, SeededNoise(1, 0))))[0]
 ONNX_NOTE = """
 Without onestroke: `denoiser.onnx` maps `x`, `t` and the conditions to `x0`, `decoder.onnx` maps `x0` to images in
 [0, 1], and `text_encoder.onnx`, where there is one, token ids to the condition `text`. `onestroke.json` lists
-`(t, a, b)` of every call under `onnx.steps`: its input is `x = a * x0 + b * noise`, with `x0 = 0` before the first.
+`(t, a, b)` of every call under `onnx.steps`: its input is `x = a * x0 + b * eps`, that of the first `onnx.start` times
+noise. `eps` is new noise, or where `onnx.renoise` is `implied` the `(x - a * x0) / b` of the call before.
 """
 BRANCH_NOTE = """
 This draws the teacher without guidance: the student's own part is its negative-prompt branch, `{branch}`, which reads
