@@ -377,7 +377,7 @@ def as_long(cond: Cond, length: int) -> Cond:
 
 
 def schedule(few: FewStep) -> dict[str, dict[str, Any]]:
-    """Per number of steps: what multiplies the first noise, and (t, a, b) of every call, whose input is a x0 + b eps."""
+    """Per number of steps: what multiplies the first noise, and (t, a, b) of every call, of input a x0 + b eps."""
     start, table, trained = {}, {}, len(few.times)
     for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) else {trained}):
         times = few.path.grid(steps)
