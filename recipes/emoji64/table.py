@@ -1,10 +1,11 @@
 """What every method makes of a built-in teacher in the same short run: KID and retrieval of its one-step pictures.
 
 Each method is distilled with the shipped settings of this teacher, as `onestroke distill` does by itself. Its row goes
-to OUT/rows when it is done, and those already there are kept: an interrupted table is continued by the same command,
-and several may fill one table with different methods. The page is written from these rows.
+to OUT/rows when it is done, and those already there are kept: the same command continues an interrupted table, and
+several may fill one table with different methods. With --write the rows go into docs/images.json, over the older ones
+of these methods, and docs/images.md is written from that.
 
-    python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...]
+    python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...] [--write]
 """
 
 from __future__ import annotations
@@ -27,16 +28,45 @@ from onestroke.metrics import LiteFeatures, kid, machine, reference_features, re
 from onestroke.run import read_prompts
 from onestroke.teachers import BUILT_IN
 
-HEAD = """# Methods on {teacher}
+DOCS = Path(__file__).parents[2] / "docs"
+HEAD = """# Images
 
-One step of the student of each method after a short run, on {count} prompts of the teacher's own list: KID on
-EfficientNet-Lite0 features against real images (smaller is better) and retrieval (larger is better). The teacher:
-{steps} steps {many[kid]:.3f} and {many[retrieval]:.3f}, one step {one[kid]:.3f} and {one[retrieval]:.3f}.
-`gain` is the teacher's one-step KID over the student's.
+What every method makes of a built-in teacher in a short run, with the settings that `onestroke distill` takes by itself
+(`src/onestroke/recipes`). Written by `recipes/emoji64/table.py --write`.
 
-| method | needs | rounds | KID | gain | retrieval | seconds |
-|---|---|---|---|---|---|---|
+One step of the student, on {count} prompts of the teacher's own list. **KID** is on EfficientNet-Lite0 features against
+real images (smaller is better), **retrieval** how often a picture finds its prompt among all (larger is better),
+**gain** the teacher's one-step KID over the student's; the aim is 2.
 """
+TEACHER = """
+## {name}
+
+The teacher itself: KID {many[kid]:.3f} and retrieval {many[retrieval]:.3f} in 25 steps, {one[kid]:.3f} and
+{one[retrieval]:.3f} in one.
+
+| method | needs | rounds | KID | gain | retrieval | seconds | measured |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(tables: dict[str, dict[str, Any]], count: int) -> str:
+    """docs/images.md of the rows by teacher and name."""
+    parts, machines = [HEAD.format(count=count)], list[str]()
+    for teacher, rows in sorted(tables.items()):
+        many, one = rows["teacher, 25 steps"], rows["teacher, 1 step"]
+        parts.append(TEACHER.format(name=teacher, many=many, one=one))
+        for method, row in sorted(rows.items()):
+            if "needs" not in row:
+                continue
+            if row["on"] not in machines:
+                machines.append(row["on"])
+            parts.append(
+                f"| {method} | {', '.join(row['needs']) or 'prompts'} | {row['rounds']} | {row['kid']:.3f} "
+                f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} "
+                f"| {row['date']} ({machines.index(row['on']) + 1}) |\n"
+            )
+    parts += ["\n", *(f"({i}) {name}\n" for i, name in enumerate(machines, 1))]
+    return "".join(parts)
 
 
 def write_images(data: Path, folder: Path) -> Path:
@@ -62,7 +92,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
     parser.add_argument("--rounds", type=int, help="instead of the settings'")
     parser.add_argument("--count", type=int, default=300, help="prompts that are scored")
-    parser.add_argument("--page", type=Path, help="where the table is written in words")
+    parser.add_argument("--write", action="store_true", help="into docs")
     args = parser.parse_args()
     folder = BUILT_IN / args.teacher
     prompts, rows = read_prompts(folder / "prompts.txt"), args.out / "rows"
@@ -106,20 +136,14 @@ def main() -> None:
         about = {"needs": needs, "seconds": seconds, "rounds": student.card["rounds"]}
         keep(method, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
-    table = {path.stem: json.loads(path.read_text()) for path in rows.glob("*.json")}
-    many, one = (table[name] for name, _ in two)
-    lines = [
-        f"| {name} | {', '.join(row['needs']) or 'prompts'} | {row['rounds']} | {row['kid']:.3f} "
-        f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} |"
-        for name, row in sorted(table.items())
-        if "needs" in row
-    ]
-    head = HEAD.format(teacher=args.teacher, count=args.count, steps=25, many=many, one=one)
-    foot = f"Made by `recipes/emoji64/table.py` on {datetime.date.today()}: {machine()}."
-    page = head + "\n".join(lines) + f"\n\n{foot}\n"
-    if args.page:
-        args.page.write_text(page, encoding="utf-8")
-    print(page)
+    if args.write:
+        file = DOCS / "images.json"
+        tables = json.loads(file.read_text()) if file.is_file() else {}
+        tables.setdefault(args.teacher, {}).update(
+            {p.stem: json.loads(p.read_text()) for p in sorted(rows.glob("*.json"))}
+        )
+        file.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+        (DOCS / "images.md").write_text(page(tables, args.count), encoding="utf-8")
 
 
 if __name__ == "__main__":
