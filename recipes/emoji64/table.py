@@ -34,9 +34,9 @@ HEAD = """# Images
 What every method makes of a built-in teacher in a short run, with the settings that `onestroke distill` takes by itself
 (`src/onestroke/recipes`). Written by `recipes/emoji64/table.py --write`.
 
-One step of the student, on {count} prompts of the teacher's own list. **KID** is on EfficientNet-Lite0 features against
-real images (smaller is better), **retrieval** how often a picture finds its prompt among all (larger is better),
-**gain** the teacher's one-step KID over the student's; the aim is 2.
+One step of the student where the row says nothing else, on {count} prompts of the teacher's own list. **KID** is on
+EfficientNet-Lite0 features against real images (smaller is better), **retrieval** how often a picture finds its prompt
+among all (larger is better), **gain** the teacher's one-step KID over the student's; the aim is 2.
 """
 TEACHER = """
 ## {name}
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="emoji64")
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
     parser.add_argument("--rounds", type=int, help="instead of the settings'")
+    parser.add_argument("--student-steps", type=int, help="instead of the settings', in a row of its own")
     parser.add_argument("--count", type=int, default=300, help="prompts that are scored")
     parser.add_argument("--write", action="store_true", help="into docs")
     args = parser.parse_args()
@@ -98,14 +99,14 @@ def main() -> None:
     prompts, rows = read_prompts(folder / "prompts.txt"), args.out / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(SCORE_SEED))[: args.count]
-    chosen = [prompts[i] for i in order]
+    scored = [prompts[i] for i in order]
     extract, (reference, _) = LiteFeatures(), reference_features(args.teacher)
     towers, teacher = load_teacher("emoji64").pipeline, load_teacher(args.teacher)
     images = write_images(args.data, args.out / "images")
 
     def score(draw) -> dict[str, float]:
-        pictures, _ = draw_all(draw, chosen)
-        return {"kid": kid(extract.of(pictures), reference), "retrieval": retrieval(towers, pictures, chosen)}
+        pictures, _ = draw_all(draw, scored)
+        return {"kid": kid(extract.of(pictures), reference), "retrieval": retrieval(towers, pictures, scored)}
 
     def keep(name: str, row: dict[str, Any]) -> None:
         (rows / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
@@ -120,21 +121,23 @@ def main() -> None:
         if not known(name):
             keep(name, score(draw))
     for method in args.methods:
-        if known(method):
+        name = method if args.student_steps is None else f"{method}, {args.student_steps} steps"
+        if known(name):
             continue
         source = {"images": images} if "x0" in get_method(method).needs else {"prompts": folder / "prompts.txt"}
-        settings = {"log_with": "none"} | ({"steps": args.rounds} if args.rounds else {})
-        out = args.out / method
+        chosen = {"steps": args.rounds, "student_steps": args.student_steps}
+        settings = {"log_with": "none"} | {k: v for k, v in chosen.items() if v is not None}
+        out = args.out / name
         try:
             distill(args.teacher, method=method, out=out, resume=(out / "recipe.json").is_file(), **source, **settings)
         except InputError as error:
-            keep(method, {"refused": str(error)})
+            keep(name, {"refused": str(error)})
             continue
         student = load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
         needs, seconds = sorted(get_method(method).needs), round(student.card["seconds"])
         about = {"needs": needs, "seconds": seconds, "rounds": student.card["rounds"]}
-        keep(method, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
+        keep(name, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
     if args.write:
         file = DOCS / "images.json"
