@@ -83,12 +83,12 @@ class Path(ABC):
 
     def basis(self, t: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """(p, q) such that a network of this prediction type outputs p x0 + q eps. The only place that knows."""
-        a, b = self.ab(t)
         if prediction == "x0":
-            return torch.ones_like(a), torch.zeros_like(a)
+            return torch.ones_like(t), torch.zeros_like(t)
         if prediction == "eps":
-            return torch.zeros_like(a), torch.ones_like(a)
+            return torch.zeros_like(t), torch.ones_like(t)
         if prediction == "v":
+            a, b = self.ab(t)
             return -b, a
         return self.rates(t)
 
