@@ -47,7 +47,7 @@ def made(cls, path, student, fake=None, heads=None, steps: int = 1, scale: float
     null = {"label": torch.tensor([-1])}
     few = FewStep(path, path.grid(steps))
     teacher = Seen(gauss(path, M, TAU))
-    method = cls(Parts(teacher, student, lambda role: fake, few, null, scale), **options)
+    method = cls(Parts(teacher, student, lambda role: fake, few, null, scale, (1,)), **options)
     method.heads = heads or Linear()
     return method
 

@@ -155,7 +155,7 @@ def fourfold(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def parts(path, teacher, student, fake, scale: float = 1.0) -> Parts:
     null = {"label": torch.tensor([-1])}
-    return Parts(teacher, student, lambda role: fake, FewStep(path, path.grid(1)), null, scale)
+    return Parts(teacher, student, lambda role: fake, FewStep(path, path.grid(1)), null, scale, (1,))
 
 
 def labels(count: int, label: int = -1) -> dict[str, torch.Tensor]:
