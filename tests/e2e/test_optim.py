@@ -1,6 +1,9 @@
-"""The optimiser of 8 bits: what it needs, holds and writes. Its steps are tested where bitsandbytes is installed."""
+"""Clipping, and the optimiser of 8 bits: what it needs, holds and writes. Its steps are tested where bitsandbytes is
+installed."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from onestroke.errors import InputError
 from onestroke.method import Pairs
 from onestroke.training import optim
 from onestroke.training.optim import begin, eight_bit, make_optimizer, state_8bit
-from onestroke.training.train import Data
+from onestroke.training.train import Data, Trainer
 
 
 @pytest.fixture
@@ -56,6 +59,24 @@ def test_its_state_is_that_of_bitsandbytes():
         kept = {k: v for k, v in theirs.state[p].items() if k[:4] not in ("step", "qmap")}
         ours = {k: v for k, v in state_8bit(p).items() if k != "step"}
         assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {k: (v.dtype, v.shape) for k, v in kept.items()}
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_gradients_are_clipped_as_torch_does(limit):
+    """To the bit, and those of a small norm are left alone."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 7)] for _ in range(2))
+    for one, two in zip(ours, theirs, strict=True):
+        one.grad = torch.randn_like(one)
+        two.grad = one.grad.clone()
+    still = torch.nn.Parameter(torch.zeros(2))  # without a gradient
+    before = [p.grad.clone() for p in ours]
+    Trainer.clip(SimpleNamespace(settings=SimpleNamespace(clip=limit)), [*ours, still])
+    torch.nn.utils.clip_grad_norm_(theirs, limit)
+    for one, two, old in zip(ours, theirs, before, strict=True):
+        assert torch.equal(one.grad, two.grad)
+        assert torch.equal(one.grad, old) == (limit == 100.0)
+    assert still.grad is None
 
 
 def test_its_steps_are_those_of_bitsandbytes():
