@@ -101,15 +101,16 @@ def found(tmp_path_factory, request):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.spawn(worker, (port, folder, cases), nprocs=2, join=False)
+    said = ""
     try:
         while not context.join(timeout=5):
             pass
     except Exception as error:
-        print(error)  # the cases that were not reached fail by their missing file
+        said = str(error)  # the cases that were not reached fail by their missing file
 
     def read(case: tuple[str, str], rank: int):
         file = folder / f"{cases.index(case)}.{rank}.pt"
-        assert file.exists(), f"rank {rank} did not finish {case}"
+        assert file.exists(), f"rank {rank} did not finish {case}: {said}"
         left = torch.load(file)
         assert isinstance(left, dict), left
         return left
