@@ -151,7 +151,7 @@ def plain_attention(x: Tensor) -> Iterator[None]:
         yield
 
 
-def as_wide(cond: Cond, other: Cond) -> Cond:
+def as_wide(cond: Cond, other: Cond) -> dict[str, Tensor]:
     """`cond` with zeros appended along dimension 1 where `other` is wider: texts are as long as the longest that was
     encoded with them, and their masks say where they end."""
     found = dict(cond)

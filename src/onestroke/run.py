@@ -84,13 +84,13 @@ def recipe_layers(teacher: str, method: str) -> list[dict[str, Any]]:
 
     What is said of a player counts for the methods that have it.
     """
-    players, layers = ("*", *get_method(method).players), []
-    for name in (COMMON, method) if teacher in SHIPPED else ():
-        path = RECIPES / teacher / f"{name}.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        tables = {k: v for k, v in found.items() if name == COMMON and isinstance(v, dict)}
-        layers.append(found | {k: {p: e for p, e in v.items() if p in players} for k, v in tables.items()})
-    return layers
+    if teacher not in SHIPPED:
+        return []
+    files = [RECIPES / teacher / f"{name}.json" for name in (COMMON, method)]
+    common, own = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
+    players = ("*", *get_method(method).players)
+    tables = {k: v for k, v in common.items() if isinstance(v, dict)}
+    return [common | {k: {p: e for p, e in v.items() if p in players} for k, v in tables.items()}, own]
 
 
 def plan_run(

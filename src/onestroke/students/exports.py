@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from onestroke.denoiser import as_wide
 from onestroke.errors import ExportError, InputError, read_json, unknown
 from onestroke.paths import Cond, Table
 from onestroke.run import check_empty
@@ -57,7 +58,6 @@ from onestroke.teachers.pipeline import PipelineTeacher, network_of
 TARGETS = ("diffusers", "lora", "onnx")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
-LONG = ("text", "mask")  # what of a condition is as long as its text
 UNTRACED = (  # the picture's places follow those of the text, row by row: a graph would be of one length of each text
     "Lumina2Transformer2DModel",
     "ZImageTransformer2DModel",
@@ -369,11 +369,7 @@ def text_length(model: PipelineTeacher) -> int:
 
 def as_long(cond: Cond, length: int) -> Cond:
     """`cond` with its text (B, L, E) and the mask of that at least `length` long, where a mask says where it ends."""
-    more = length - cond["text"].shape[1]
-    if more <= 0 or "mask" not in cond:
-        return cond
-    longer = {k: torch.cat([cond[k], cond[k].new_zeros(len(cond[k]), more, *cond[k].shape[2:])], 1) for k in LONG}
-    return {**cond, **longer}
+    return as_wide(cond, dict.fromkeys(("text", "mask"), torch.empty(0, length))) if "mask" in cond else cond
 
 
 def schedule(few: FewStep) -> dict[str, dict[str, Any]]:

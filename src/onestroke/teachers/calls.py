@@ -100,14 +100,6 @@ def padded(rows: list[Tensor], length: int | None = None) -> Tensor:
     return out
 
 
-def as_long_as(cond: Cond, other: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`cond` with zeros appended along dimension 1 where the tensors of `other` are longer; its masks say so."""
-    return {
-        k: padded(list(v), other[k].shape[1]) if v.ndim > 1 and other[k].shape[1] > v.shape[1] else v
-        for k, v in cond.items()
-    }
-
-
 @dataclass
 class Call:
     """How a network is called. The defaults are those of a UNet with one text encoder.

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from onestroke.denoiser import as_wide
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.sampling import FewStep
 from onestroke.teachers.cache import cached, digest_of
-from onestroke.teachers.calls import FLOW_KEYS, Caller, as_long_as, padded
+from onestroke.teachers.calls import FLOW_KEYS, Caller, padded
 from onestroke.teachers.dit import DiTDenoiser
 from onestroke.teachers.unet import UNetDenoiser
 
@@ -353,7 +354,7 @@ class PipelineTeacher:
     @property
     def null(self) -> Cond:
         """The unconditional condition, as long as the longest that was encoded."""
-        return as_long_as(self._null, self._widest)
+        return as_wide(self._null, self._widest)
 
     @cached_property
     def identity(self) -> str:
@@ -388,8 +389,8 @@ class PipelineTeacher:
 
     def _spread(self, found: dict[str, Tensor], distinct: list[str], prompts: list[str]) -> Cond:
         """The rows of the distinct prompts for all of them, as long as the null condition."""
-        found = as_long_as(found, self._null)
-        self._widest = {k: v[:1] for k, v in as_long_as(self._widest, found).items()}
+        found = as_wide(found, self._null)
+        self._widest = {k: v[:1] for k, v in as_wide(self._widest, found).items()}
         rows = {p: i for i, p in enumerate(distinct)}
         return {k: v[torch.tensor([rows[p] for p in prompts])] for k, v in found.items()}
 
