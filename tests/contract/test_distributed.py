@@ -6,6 +6,7 @@ All cases run in one pair of processes, whose start costs more than they do; eac
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import traceback
 from datetime import timedelta
@@ -67,8 +68,8 @@ def local_share(module: torch.nn.Module) -> float:
     return local / sum(p.numel() for p in live)
 
 
-def worker(rank: int, port: int, folder: Path, cases: list[tuple[str, str]]) -> None:
-    """One of two processes: plays every case and leaves what it found, or its traceback."""
+def worker(rank: int, port: int, folder: Path, cases: list[tuple[str, str]], first: int) -> None:
+    """One of two processes: plays every case from number `first` and leaves what it found, or its traceback."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -81,14 +82,39 @@ def worker(rank: int, port: int, folder: Path, cases: list[tuple[str, str]]) -> 
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for number, (name, run) in enumerate(cases):
+    for number, (name, run) in list(enumerate(cases))[first:]:
         file = folder / f"{number}.{rank}.pt"
         try:
-            torch.save(play_case(name, run, folder / str(number)), file)
+            torch.save(play_case(name, run, folder / f"{first}-{number}"), file)
         except Exception:
             torch.save(traceback.format_exc(), file)
         torch.distributed.barrier()  # fails on the other rank, and ends both, where one left a case half-way
     torch.distributed.destroy_process_group()
+
+
+def play_all(folder: Path, cases: list[tuple[str, str]]) -> str:
+    """Play the cases in a pair of processes. Returns why not all were played, if so.
+
+    Where a signal ended a process, which no error of ours does, a new pair goes on, twice at most: a thread of gloo's
+    (pt_gloo_runloop, torch 2.13) now and then dies in malloc, once in some ten thousand cases.
+    """
+    first, said = 0, ""
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pair = torch.multiprocessing.spawn(worker, (port, folder, cases, first), nprocs=2, join=False)
+        try:
+            while not pair.join(timeout=5):
+                pass
+            return ""
+        except Exception as error:
+            said = str(error)
+        if not any(process.exitcode in (-signal.SIGSEGV, -signal.SIGABRT) for process in pair.processes):
+            break
+        done = min(len(list(folder.glob(f"*.{rank}.pt"))) for rank in (0, 1))
+        first = max(done - 1, 0)  # the other process may have left an error as its last
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +123,7 @@ def found(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("ranks")
     asked = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     cases = [case for case in CASES if dict(zip(("name", "run"), case, strict=True)) in asked]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(worker, (port, folder, cases), nprocs=2, join=False)
-    said = ""
-    try:
-        while not context.join(timeout=5):
-            pass
-    except Exception as error:
-        said = str(error)  # the cases that were not reached fail by their missing file
+    said = play_all(folder, cases)
 
     def read(case: tuple[str, str], rank: int):
         file = folder / f"{cases.index(case)}.{rank}.pt"
