@@ -81,20 +81,26 @@ class Path(ABC):
         a, b = self.ab(t)
         return like(a, x0) * x0 + like(b, x0) * eps
 
-    def basis(self, t: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-        """(p, q) such that a network of this prediction type outputs p x0 + q eps. The only place that knows."""
+    def basis(
+        self, t: Tensor, prediction: Prediction, ab: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(p, q) such that a network of this prediction type outputs p x0 + q eps. The only place that knows.
+
+        ab: (a, b) at t, where they are at hand.
+        """
         if prediction == "x0":
             return torch.ones_like(t), torch.zeros_like(t)
         if prediction == "eps":
             return torch.zeros_like(t), torch.ones_like(t)
         if prediction == "v":
-            a, b = self.ab(t)
+            a, b = ab or self.ab(t)
             return -b, a
         return self.rates(t)
 
     def split(self, x: Tensor, out: Tensor, t: Tensor, prediction: Prediction) -> Estimate:
         """Network output -> (x0, eps), by solving [[a, b], [p, q]] [x0, eps] = [x_t, out]."""
-        (a, b), (p, q) = self.ab(t), self.basis(t, prediction)
+        a, b = self.ab(t)
+        p, q = self.basis(t, prediction, (a, b))
         det = a * q - b * p
         wide = torch.promote_types(x.dtype, torch.float32)
         x, out = x.to(wide), out.to(wide)
@@ -174,7 +180,7 @@ class Table(Path):
 
     def angles(self, device: torch.device) -> Tensor:
         """atan2(b, a) of every entry, increasing, float64 (N,)."""
-        return torch.tensor(self._angles, device=device)
+        return torch.from_numpy(self._angles).to(device)
 
     def ab(self, t):
         angles = self.angles(t.device)

@@ -192,7 +192,7 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
         live = {k: p for k, p in trainer.bare(player).named_parameters() if p.requires_grad}
         names = {p: k for k, p in live.items()}
         found |= {f"{player}/{k}": p for k, p in live.items()}
-        for p, state in trainer.optimisers[player].optimizer.state.items():
+        for p, state in trainer.optimisers[player].state.items():
             found |= {f"{player}/{names[p]}/{k}": torch.as_tensor(v) for k, v in state.items()}
     if trainer.average:
         found |= {f"average/{k}": v for k, v in trainer.average.values.items()}

@@ -79,6 +79,14 @@ def assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         v.copy_(distribute_tensor(value, v.device_mesh, v.placements) if isinstance(v, DTensor) else value)
 
 
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of all numbers together. A CPU reads them faster for a scalar product than for a norm."""
+    if any(isinstance(v, DTensor) or v.device.type != "cpu" for v in tensors):
+        norm = get_total_norm(tensors)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return torch.stack([torch.dot(v, v) for v in map(torch.flatten, tensors)]).sum().sqrt()
+
+
 def shell(module: nn.Module) -> nn.Module:
     """A copy that shares the frozen tensors and has no memory for the trained ones until they are loaded."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in live(module).values()}
@@ -158,7 +166,9 @@ class Trainer:
             rates = {"lr": settings.of("lr", player, 1e-5), "betas": tuple(settings.of("betas", player))}
             made = self.optimizer(params, weight_decay=settings.weight_decay, **rates)
             begin(made, self.device)
-            self.optimisers[player] = self.accelerator.prepare_optimizer(made, device_placement=False)
+            if self.accelerator.scaler:  # else accelerate's adds nothing but a search for packages in every step
+                made = self.accelerator.prepare_optimizer(made, device_placement=False)
+            self.optimisers[player] = made
         self.average = Average(self.bare(method.players[0]), settings.ema) if settings.ema else None
         if self.offload.home is not None:
             self.send_home()
@@ -194,8 +204,7 @@ class Trainer:
     def clip(self, params: list[nn.Parameter]) -> None:
         """Scale the gradients down where their norm is larger than `settings.clip`. A CPU reads them twice only then;
         a GPU always does, which is cheaper than to wait for the norm."""
-        norm = get_total_norm([p.grad for p in params if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = total_norm([p.grad for p in params if p.grad is not None])
         if norm.device.type != "cpu" or norm > self.settings.clip:
             clip_grads_with_norm_(params, self.settings.clip, norm)
 
