@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import json
-import logging
-import os
 import shutil
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib.util import find_spec
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from onestroke.denoiser import as_wide
-from onestroke.errors import ExportError, InputError, read_json, unknown
+from onestroke.errors import InputError, read_json, unknown
 from onestroke.paths import Cond, Table
 from onestroke.run import check_empty
 from onestroke.sampling import FewStep
+from onestroke.students.graphs import (
+    BEHIND,
+    X0,
+    Decoder,
+    Row,
+    TextEncoder,
+    onnx_runtime,
+    open_onnx,
+    real_tables,
+    write_onnx,
+)
 from onestroke.students.model_card import write_card
 from onestroke.students.parity import (
     DTYPES,
@@ -53,15 +57,11 @@ from onestroke.students.student import (
 )
 from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.branch import BRANCH
-from onestroke.teachers.pipeline import PipelineTeacher, network_of
+from onestroke.teachers.pipeline import PipelineTeacher
 
 TARGETS = ("diffusers", "lora", "onnx")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
-UNTRACED = (  # the picture's places follow those of the text, row by row: a graph would be of one length of each text
-    "Lumina2Transformer2DModel",
-    "ZImageTransformer2DModel",
-)
 
 
 # ---- the three formats -----------------------------------------------------------------------------------------------
@@ -185,143 +185,6 @@ def with_adapters(base: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return net
 
 
-class X0(nn.Module):
-    """The student's x0 (B, C, H, W) from x, unit times t (B,) float64 and the condition, as tensors in order."""
-
-    def __init__(self, net: nn.Module, names: list[str]):
-        super().__init__()
-        self.net, self.names = net, names
-
-    def forward(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
-        return self.net(x, t, dict(zip(self.names, cond, strict=True))).x0
-
-
-class Decoder(nn.Module):
-    """x0 (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
-
-    def __init__(self, model: PipelineTeacher):
-        super().__init__()
-        self.decode, self.vae = model.decode, model.components["vae"]
-
-    def forward(self, x0: Tensor) -> Tensor:
-        return self.decode(x0)
-
-
-class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text (B, L, E)."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.net(ids)[0]
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep what the tracers warn of, log and print, also from C++, off the terminal."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept, nowhere = {1: os.dup(1), 2: os.dup(2)}, os.open(os.devnull, os.O_WRONLY)
-    for stream in kept:
-        os.dup2(nowhere, stream)
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        for stream, saved in kept.items():
-            os.dup2(saved, stream)
-            os.close(saved)
-        os.close(nowhere)
-
-
-class Turned:
-    """Complex numbers as (..., 2) real ones, for which ONNX has a type: what rotary embeddings turn, by a constant."""
-
-    def __init__(self, pairs: Tensor):
-        self.pairs = pairs
-
-    def __mul__(self, by: Tensor) -> Turned:
-        c, d = (torch.from_numpy(part.numpy().copy()).to(self.pairs) for part in (by.real, by.imag))
-        a, b = self.pairs.unbind(-1)
-        return Turned(torch.stack([a * c - b * d, a * d + b * c], -1))
-
-    __rmul__ = __mul__
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return args[0].pairs if func is torch.view_as_real else NotImplemented
-
-
-class Settled(TorchFunctionMode):
-    """Calls as a tracer can write them: complex numbers as pairs, whose making out of a last dimension names no other,
-    and squeezes only where there is something to squeeze (a tracer writes both ways else, and one has no type)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = (*args, *(kwargs or {}).values())
-        if func is torch.view_as_complex:
-            return Turned(*given)
-        if func is torch.Tensor.reshape and given[1:] == (*given[0].shape[:-1], -1, 2):
-            return given[0].unflatten(-1, (-1, 2))
-        if func in (torch.squeeze, torch.Tensor.squeeze) and len(given) == 2 and isinstance(given[1], int):
-            x, dim = given
-            return x.select(dim, 0) if int(x.shape[dim]) == 1 else x
-        return func(*args, **(kwargs or {}))
-
-
-def write_onnx(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> None:
-    """One graph with a dynamic batch, which onnxruntime can open. Raises ExportError where there is none.
-
-    By tracing, which is quick and writes one file; where that fails, by torch.export.
-    """
-    module, values, said = module.eval(), tuple(inputs.values()), ""
-    named: dict[str, Any] = {"input_names": list(inputs), "output_names": [output], "opset_version": 18}
-
-    def trace() -> None:
-        axes = {name: {0: "batch"} for name in (*inputs, output)}
-        with Settled():
-            torch.onnx.export(module, values, str(file), dynamo=False, dynamic_axes=axes, **named)
-
-    def capture() -> None:
-        free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
-        shapes = (free, free, (free,) * (len(values) - 2)) if isinstance(module, X0) else (free,) * len(values)
-        program = torch.export.export(module, values, dynamic_shapes=shapes, strict=False)
-        torch.onnx.export(program, (), str(file), dynamo=True, verbose=False, **named)
-
-    for way in (trace, capture):
-        try:
-            with hushed(), torch.no_grad():
-                way()
-            open_onnx(file)
-            return
-        except Exception as error:  # the errors of tracers and of onnxruntime have no base of their own
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            for written in file.parent.glob(f"{file.name}*"):
-                written.unlink()
-    raise ExportError(f"torch cannot write this {file.stem} as ONNX: {said}")
-
-
-def open_onnx(file: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
-    """An onnxruntime session that says nothing but errors."""
-    runtime = onnx_runtime()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    return runtime.InferenceSession(file, options, providers=list(providers))
-
-
-def onnx_runtime() -> Any:
-    """onnxruntime. Raises InputError when the extra is not installed."""
-    if lost := [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]:
-        raise InputError(f"ONNX needs {', '.join(lost)}: pip install 'onestroke[onnx]'.")
-    import onnxruntime
-
-    return onnxruntime
-
-
 def to_onnx(student: Student, out: Path) -> None:
     """denoiser.onnx, decoder.onnx and, of a Stable Diffusion pipeline, text_encoder.onnx and the tokenizer.
 
@@ -335,16 +198,23 @@ def to_onnx(student: Student, out: Path) -> None:
     reference = by_training_sampler(model, model.net, few)  # which also fills every cache before tracing
     out.mkdir(parents=True, exist_ok=True)
     count = 3  # of no other size in the graph, lest a tracer take it for the batch
-    cond = as_long(model.encode([PROMPTS[0]] * count), text_length(model))
-    x, t = torch.randn(count, *model.shape), torch.ones(count, dtype=torch.float64)
-    graphs = {
-        "denoiser": (X0(model.net, list(cond)), {"x": x, "t": t, **cond}, "x0"),
+    cond, x, t = model.encode([PROMPTS[0]] * count), torch.randn(count, *model.shape), torch.ones(count).double()
+    module: nn.Module
+    if alone := type(getattr(model.pipeline, model.part)).__name__ in BEHIND:
+        module, cond = Row(model.net, "mask" in cond), {"text": bare_text(cond, 0)}
+        inputs = {"x": x[:1], "t": t[:1], **cond}
+    else:
+        cond = as_long(cond, text_length(model))
+        module, inputs = X0(model.net, list(cond)), {"x": x, "t": t, **cond}
+    graphs: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {
+        "denoiser": (module, inputs, "x0"),
         "decoder": (Decoder(model), {"x0": x}, "images"),
     }
     about: dict[str, Any] = {
         "shape": list(model.shape),
         "inputs": list(cond),
-        "text": cond["text"].shape[1],
+        "text": max(text_length(model), cond["text"].shape[1]),
+        "alone": alone,
         "renoise": few.renoise,
         **schedule(few),
     }
@@ -353,8 +223,9 @@ def to_onnx(student: Student, out: Path) -> None:
         ids = tokenizer([""] * count, padding="max_length", max_length=about["tokens"], return_tensors="pt").input_ids
         graphs["text_encoder"] = (TextEncoder(model.components["text_encoder"]), {"ids": ids}, "text")
         tokenizer.save_pretrained(out / "tokenizer")
-    for name, (module, inputs, output) in graphs.items():
-        write_onnx(module, inputs, output, out / f"{name}.onnx")
+    with real_tables(model.net) if alone else nullcontext():
+        for name, (part, given, output) in graphs.items():
+            write_onnx(part, given, output, out / f"{name}.onnx")
     carry(student, out, "onnx", onnx=about)
     drawer = OnnxStudent(out)
     x0 = drawer.latents(drawer.encode(PROMPTS) or model.encode(PROMPTS), SeededNoise(len(PROMPTS), 0))
@@ -370,6 +241,12 @@ def text_length(model: PipelineTeacher) -> int:
 def as_long(cond: Cond, length: int) -> Cond:
     """`cond` with its text (B, L, E) and the mask of that at least `length` long, where a mask says where it ends."""
     return as_wide(cond, dict.fromkeys(("text", "mask"), torch.empty(0, length))) if "mask" in cond else cond
+
+
+def bare_text(cond: Cond, row: int) -> Tensor:
+    """The text (1, L, E) of one row without its padding."""
+    (mask,) = (v for k, v in cond.items() if k.endswith("mask"))
+    return cond["text"][row, mask[row].bool()][None]
 
 
 def schedule(few: FewStep) -> dict[str, dict[str, Any]]:
@@ -416,7 +293,7 @@ class OnnxStudent:
         steps, table = steps or self.card["student_steps"], self.about["steps"]
         if str(steps) not in table:
             raise InputError(f"this export draws in {', '.join(table)} steps, not {steps}.")
-        cond = as_long(cond, self.about["text"])
+        cond = cond if self.about["alone"] else as_long(cond, self.about["text"])
         if (length := cond["text"].shape[1]) > self.about["text"]:
             raise InputError(f"a text of {length} tokens is longer than the {self.about['text']} of this export.")
         (t, a, b), *later = table[str(steps)]
@@ -431,7 +308,11 @@ class OnnxStudent:
 
     def denoised(self, x: Tensor, t: float, cond: Cond) -> Tensor:
         """x0 (B, C, H, W) of x at unit time t."""
-        return self.run("denoiser", x=x, t=torch.full((len(x),), t, dtype=torch.float64), **cond)
+        times = torch.full((len(x),), t, dtype=torch.float64)
+        if not self.about["alone"]:
+            return self.run("denoiser", x=x, t=times, **cond)
+        rows = ({"x": x[i : i + 1], "t": times[:1], "text": bare_text(cond, i)} for i in range(len(x)))
+        return torch.cat([self.run("denoiser", **row) for row in rows])
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, C, H, W) -> images (B, 3, H', W') in [0, 1]."""
@@ -497,8 +378,6 @@ def export(
         find_base(card, base)
     if to == "onnx":
         onnx_runtime()
-        if (kind := network_of(folder)[1].__name__) in UNTRACED:
-            raise InputError(f"a {kind} has no graph for texts of every length, so no ONNX; export to diffusers.")
     student = load_student(folder)
     if to == "diffusers":
         to_diffusers(student, out, dtype or "float32")

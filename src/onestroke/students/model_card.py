@@ -51,7 +51,8 @@ ONNX_NOTE = """
 Without onestroke: `denoiser.onnx` maps `x`, `t` and the conditions to `x0`, `decoder.onnx` maps `x0` to images in
 [0, 1], and `text_encoder.onnx`, where there is one, token ids to the condition `text`. `onestroke.json` lists
 `(t, a, b)` of every call under `onnx.steps`: its input is `x = a * x0 + b * eps`, that of the first `onnx.start` times
-noise. `eps` is new noise, or where `onnx.renoise` is `implied` the `(x - a * x0) / b` of the call before.
+noise. `eps` is new noise, or where `onnx.renoise` is `implied` the `(x - a * x0) / b` of the call before. Where
+`onnx.alone` is true, a call draws one row, whose `text` has no padding.
 """
 BRANCH_NOTE = """
 This draws the teacher without guidance: the student's own part is its negative-prompt branch, `{branch}`, which reads

@@ -106,8 +106,9 @@ class Call:
 
     sample, time: names of its first two arguments. The time argument is scale x (the scheduler's time) + offset.
     rows: argument -> name in the condition, for what differs by picture; a name in `ragged` is passed as a list of the
-    rows without their padding. constants: what does not. row: the shape of one sample as it is passed, in a list where
-    `listed`; order: which entry of a flattened latent stands where in it, where it is packed. sign: of the output.
+    rows, without the padding that the condition's mask shows. constants: what does not. row: the shape of one sample as
+    it is passed, in a list where `listed`; order: which entry of a flattened latent stands where in it, where it is
+    packed. sign: of the output.
     """
 
     sample: str = "sample"
@@ -139,8 +140,9 @@ class Call:
         for key, name in self.rows.items():
             value = cast(cond[name])
             if name in self.ragged:
-                lengths = cond[f"{name}_mask"].sum(1).tolist()
-                value = [row[:n] for row, n in zip(value, lengths, strict=True)]
+                mask = cond.get(f"{name}_mask")
+                lengths = None if mask is None else mask.sum(1).tolist()
+                value = list(value if lengths is None else (v[:n] for v, n in zip(value, lengths, strict=True)))
             given[key] = value
         packed = self.pack(x.to(dtype))
         given[self.sample] = list(packed) if self.listed else packed
