@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -44,10 +45,15 @@ class FewStep:
         """Whether one run of the encoder serves several times."""
         return self.encoder == "once" and len(self.times) > 1
 
+    @cached_property
+    def first(self) -> float:
+        """What multiplies the first noise, as `start` says."""
+        a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64))
+        return (torch.hypot(a, b) if self.start == "unit" else b).item()
+
     def input(self, noise: Tensor) -> Tensor:
         """The student's first input (B, *D) from standard-normal noise (B, *D)."""
-        a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64, device=noise.device))
-        return noise * like(torch.hypot(a, b) if self.start == "unit" else b, noise)
+        return noise * self.first
 
     def eps(self, noise: Tensor, x0: Tensor) -> Tensor:
         """The eps (B, *D) with which x0 mixes to the first input from `noise`; where that has no signal, the noise."""

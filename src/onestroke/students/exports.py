@@ -255,7 +255,7 @@ def schedule(few: FewStep) -> dict[str, dict[str, Any]]:
     for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) else {trained}):
         times = few.path.grid(steps)
         t = torch.tensor(times, dtype=torch.float64)
-        start[str(steps)] = FewStep(few.path, times, few.start).input(torch.ones(1, 1, dtype=torch.float64)).item()
+        start[str(steps)] = FewStep(few.path, times, few.start).first
         table[str(steps)] = torch.stack([t, *few.path.ab(t)], 1).tolist()
     return {"start": start, "steps": table}
 

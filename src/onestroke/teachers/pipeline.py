@@ -405,13 +405,13 @@ class PipelineTeacher:
         """Latents (B, C, H, W) of a pipeline that packs them, in the form that its decoder takes."""
         return self.pipeline._unpack_latents(self.call.pack(x0), *self.size, self.pipeline.vae_scale_factor)
 
-    def _scaling(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(factor, shift) of the autoencoder, per channel of its latents z (B, C, ...): x0 = factor (z - shift)."""
+    def _scaling(self, z: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """(factor, shift) of the autoencoder, for all or each channel of z (B, C, ...): x0 = factor (z - shift)."""
         config = self.pipeline.vae.config
 
-        def per_channel(name: str, default: float) -> Tensor:
-            value = z.new_tensor(config.get(name) or default)
-            return value.view(1, -1, *[1] * (z.ndim - 2))
+        def per_channel(name: str, default: float) -> float | Tensor:
+            value = config.get(name)
+            return z.new_tensor(value).view(1, -1, *[1] * (z.ndim - 2)) if value else default
 
         factor = (config.get("scaling_factor") or 1.0) / per_channel("latents_std", 1.0)
         return factor, per_channel("latents_mean", 0.0) + (config.get("shift_factor") or 0.0)
