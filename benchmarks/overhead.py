@@ -6,7 +6,7 @@ teacher and the fake score, guided where the recipe says so, without gradient, t
 the two optimiser steps.
 Both are timed in turn in one process; the figure is the median over the pairs.
 
-python -m benchmarks.overhead [--pairs 20] [--batch-size 24] [--threads N]
+python -m benchmarks.overhead [--pairs 100] [--batch-size 24] [--threads N]
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def bare_round(trainer: Trainer) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=None, help="default: the recipe's, else 24")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

@@ -36,7 +36,8 @@ What every method makes of a built-in teacher in a short run, with the settings 
 
 One step of the student where the row says nothing else, on {count} prompts of the teacher's own list. **KID** is on
 EfficientNet-Lite0 features against real images (smaller is better), **retrieval** how often a picture finds its prompt
-among all (larger is better), **gain** the teacher's one-step KID over the student's; the aim is 2.
+among all (larger is better), **gain** the teacher's one-step KID over the student's; the aim is 2. **seconds** of
+distilling are by the clock, with whatever else the machine did.
 """
 TEACHER = """
 ## {name}
