@@ -3,7 +3,7 @@
 A student, from conditions to pictures (B, 3, H, W), against its bare network and decoder, called by hand on the same
 tensors. Both are timed in turn in one process; the figure is the median over the pairs, and beside it stands that of
 the shortest times, which other work on the machine disturbs least. Two networks: the built-in teacher emoji64, and a
-larger UNet of random weights on 32 x 32 latents.
+larger UNet of random weights on 32 x 32 latents, with a tenth of the pairs.
 
 python -m benchmarks.sampling [--pairs 200] [--batch-size 4] [--threads N] [--compile] [--channels-last]
 """

@@ -95,8 +95,8 @@ def worker(rank: int, port: int, folder: Path, cases: list[tuple[str, str]], fir
 def play_all(folder: Path, cases: list[tuple[str, str]]) -> str:
     """Play the cases in a pair of processes. Returns why not all were played, if so.
 
-    Where a signal ended a process, which no error of ours does, a new pair goes on, twice at most: a thread of gloo's
-    (pt_gloo_runloop, torch 2.13) now and then dies in malloc, once in some ten thousand cases.
+    Where SEGV or ABRT ended a process, a new pair goes on, twice at most: in about one of three runs of the whole suite
+    a thread of gloo's (pt_gloo_runloop, torch 2.13) dies in malloc. Why is not known.
     """
     first, said = 0, ""
     for _ in range(3):

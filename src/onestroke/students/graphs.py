@@ -112,7 +112,9 @@ class Turned:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return args[0].pairs if func is torch.view_as_real else args[0].turn(args[1])
+        if func is torch.view_as_real:
+            return args[0].pairs
+        return args[0].turn(args[1]) if func is operator.mul else NotImplemented
 
 
 @contextmanager
