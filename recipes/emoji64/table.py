@@ -23,7 +23,7 @@ from PIL import Image
 from onestroke import distill, load_student, load_teacher
 from onestroke.demo import SCORE_SEED, draw_all, samplers
 from onestroke.errors import InputError
-from onestroke.methods import METHODS, get_method
+from onestroke.methods import METHODS, describe, get_method
 from onestroke.metrics import LiteFeatures, kid, machine, reference_features, retrieval
 from onestroke.run import read_prompts
 from onestroke.teachers import BUILT_IN
@@ -62,7 +62,7 @@ def page(tables: dict[str, dict[str, Any]], count: int) -> str:
             if row["on"] not in machines:
                 machines.append(row["on"])
             parts.append(
-                f"| {method} | {', '.join(row['needs']) or 'prompts'} | {row['rounds']} | {row['kid']:.3f} "
+                f"| {method} | {', '.join(row['needs'])} | {row['rounds']} | {row['kid']:.3f} "
                 f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} "
                 f"| {row['date']} ({machines.index(row['on']) + 1}) |\n"
             )
@@ -136,7 +136,7 @@ def main() -> None:
             continue
         student = load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
-        needs, seconds = sorted(get_method(method).needs), round(student.card["seconds"])
+        needs, seconds = describe(method)["needs"], round(student.card["seconds"])
         about = {"needs": needs, "seconds": seconds, "rounds": student.card["rounds"]}
         keep(name, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 

@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from onestroke.errors import InputError, Notice, OnestrokeError
@@ -242,19 +244,20 @@ def methods(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("method", "family", "paper", "needs", "steps", "players", "extra memory", "passes", "x floor")
-    table.columns[0].no_wrap = True
-    for row in rows:
-        passes = ", ".join(f"{k} {v}" for k, v in row["passes"].items())
-        upto = "1" if row["max_steps"] == 1 else f"1-{row['max_steps']}"
-        needs, players, extra = ", ".join(row["needs"]), ", ".join(row["players"]), len(row["players"]) - 1
-        passes = f"{row['cost']}: {passes}"
-        nearest = min(row["checked"].values(), default=None)
-        checked = "" if nearest is None else f"{nearest:.1f}"
-        table.add_row(row["name"], row["family"], row["paper"], needs, upto, players, f"{extra} nets", passes, checked)
-    console.print(table)
-    console.print("extra memory: networks trained beside the student, adapters alone with LoRA; passes: of one round;")
-    console.print("x floor: the best sliced-W2 on an exact teacher over that of two true samples (docs/truth.md)")
+    for family, group in groupby(rows, lambda row: row["family"]):
+        console.print(f"\n[bold]{family}[/]")
+        for row in group:
+            steps = "one step" if row["max_steps"] == 1 else f"1 to {row['max_steps']} steps"
+            passes = ", ".join(f"{k} {v}" for k, v in row["passes"].items())
+            checked = "; ".join(f"{case}: {ratio:.1f} x" for case, ratio in row["checked"].items()) or "not checked"
+            facts = (
+                f"needs {', '.join(row['needs'])}; {steps}; plays {', '.join(row['players'])}; "
+                f"+{len(row['players']) - 1} net(s); {row['cost']} passes ({passes})\n{checked}"
+            )
+            console.print(f"  [bold cyan]{row['name']}[/]  {row['paper']}", highlight=False)
+            console.print(Padding(facts, (0, 0, 0, 4)), highlight=False)
+    console.print("\n+net(s): trained beside the student, adapters alone with LoRA; passes: of one round, by network;")
+    console.print("last line: the sliced-W2 on exact teachers over that of two true samples (docs/truth.md)")
 
 
 @app.command()

@@ -159,10 +159,13 @@ def test_methods_and_teachers_as_json(tmp_path):
     assert json.loads(said.out) == list(built_in().values())
 
 
-def test_methods_and_teachers_as_tables(onestroke):
+def test_methods_and_teachers_as_text(onestroke):
     methods, teachers = onestroke("methods"), onestroke("teachers")
     assert methods.code == teachers.code == 0
-    assert "swiftbrush" in methods.out
+    listed = " ".join(methods.out.split())
+    for row in json.loads(onestroke("methods", "--json").out):
+        assert f"{row['name']} {row['paper']}" in listed
+    assert "needs prompts; one step; plays student, fake; +1 net(s); 6 passes (student 1, teacher 2, fake 3)" in listed
     assert "teacher" in teachers.out
 
 

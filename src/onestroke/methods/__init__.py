@@ -59,7 +59,7 @@ def describe(name: str) -> dict[str, Any]:
         "family": METHODS[name].split(".")[-2],
         "summary": (inspect.getmodule(cls).__doc__ or "").strip().splitlines()[0],
         "paper": cls.paper,
-        "needs": sorted(cls.needs) or ["prompts"],
+        "needs": [{"x0": "images"}.get(need, need) for need in sorted(cls.needs)] or ["prompts"],
         "max_steps": cls.max_steps,
         "players": list(cls.players),
         "passes": dict(cls.passes),
