@@ -34,7 +34,7 @@ HEAD = """# Images
 What every method makes of a built-in teacher in a short run, with the settings that `onestroke distill` takes by itself
 (`src/onestroke/recipes`). Written by `recipes/emoji64/table.py --write`.
 
-One step of the student where the row says nothing else, on {count} prompts of the teacher's own list. **KID** is on
+Each student draws in its number of **steps**, {count} prompts of the teacher's own list. **KID** is on
 EfficientNet-Lite0 features against real images (smaller is better), **retrieval** how often a picture finds its prompt
 among all (larger is better), **gain** the teacher's one-step KID over the student's; the aim is 2. **seconds** of
 distilling are by the clock, with whatever else the machine did.
@@ -45,8 +45,8 @@ TEACHER = """
 The teacher itself: KID {many[kid]:.3f} and retrieval {many[retrieval]:.3f} in 25 steps, {one[kid]:.3f} and
 {one[retrieval]:.3f} in one.
 
-| method | needs | rounds | KID | gain | retrieval | seconds | measured |
-|---|---|---|---|---|---|---|---|
+| method | needs | steps | rounds | KID | gain | retrieval | seconds | measured |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -62,8 +62,8 @@ def page(tables: dict[str, dict[str, Any]], count: int) -> str:
             if row["on"] not in machines:
                 machines.append(row["on"])
             parts.append(
-                f"| {method} | {', '.join(row['needs'])} | {row['rounds']} | {row['kid']:.3f} "
-                f"| {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} "
+                f"| {method.split(',')[0]} | {', '.join(row['needs'])} | {row['student_steps']} | {row['rounds']} "
+                f"| {row['kid']:.3f} | {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} "
                 f"| {row['date']} ({machines.index(row['on']) + 1}) |\n"
             )
     parts += ["\n", *(f"({i}) {name}\n" for i, name in enumerate(machines, 1))]
@@ -137,7 +137,7 @@ def main() -> None:
         student = load_student(out)
         *_, draw = samplers(teacher, student, scale).values()
         needs, seconds = describe(method)["needs"], round(student.card["seconds"])
-        about = {"needs": needs, "seconds": seconds, "rounds": student.card["rounds"]}
+        about = {"needs": needs, "seconds": seconds} | {k: student.card[k] for k in ("student_steps", "rounds")}
         keep(name, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
 
     if args.write:

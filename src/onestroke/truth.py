@@ -138,6 +138,7 @@ class Convergence:
     per_label: dict[int, float]
     mode_weights: list[float]  # the part of the samples nearest to each component
     true_weights: list[float]
+    student_steps: int
     rounds: int
     seconds: float  # of fitting, distilling and measuring
 
@@ -282,6 +283,7 @@ def converge(
         per_label={int(c): sliced_w2(x[label == c], truth[label == c]) for c in teacher.classes},
         mode_weights=[round(w, 4) for w in modes.tolist()],
         true_weights=[round(w, 4) for w in teacher.weights.tolist()],
+        student_steps=run.student_steps,
         rounds=trainer.round,
         seconds=time.monotonic() - began,
     )
@@ -332,9 +334,9 @@ def _learns_trajectories(method: str) -> bool:
     return METHODS[method].split(".")[-2] in ("consistency", "flow", "guidance")
 
 
-def check(method: str, case: str, seconds: float = 90, seed: int = 0) -> Convergence:
+def check(method: str, case: str, seconds: float = 90, seed: int = 0, student_steps: int | None = None) -> Convergence:
     """`converge` on one of CASES. Raises InputError for a case or method that does not exist."""
     if case not in CASES:
         raise unknown("case", case, CASES)
     teacher, prediction, _ = CASES[case]
-    return converge(method, teacher(), prediction=prediction, seconds=seconds, seed=seed)
+    return converge(method, teacher(), prediction=prediction, student_steps=student_steps, seconds=seconds, seed=seed)

@@ -51,6 +51,10 @@ def options(cls: type[Method]) -> dict[str, object]:
     return {p.name: p.default for p in parameters}
 
 
+def _case(row: dict[str, Any]) -> str:
+    return row["case"] if row["student_steps"] == 1 else f"{row['case']}, {row['student_steps']} steps"
+
+
 def describe(name: str) -> dict[str, Any]:
     """What `onestroke methods` prints of one method."""
     cls = get_method(name)
@@ -64,7 +68,7 @@ def describe(name: str) -> dict[str, Any]:
         "players": list(cls.players),
         "passes": dict(cls.passes),
         "cost": sum(cls.passes.values()),
-        "checked": {r["case"]: round(r["sliced_w2"] / r["floor"], 2) for r in results() if r["method"] == name},
+        "checked": {_case(r): round(r["sliced_w2"] / r["floor"], 2) for r in results() if r["method"] == name},
         "options": options(cls),
         "defaults": dict(cls.defaults),
     }
