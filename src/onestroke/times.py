@@ -64,8 +64,14 @@ def ladder(path: Path, count: int) -> Tensor:
 
 
 def strides(path: Path, count: int) -> Tensor:
-    """The times of `count` DDIM steps (count + 1,), increasing float64, from the data at 0: LCM's grid of 50."""
-    return torch.tensor((0.0, *reversed(path.grid(count))), dtype=torch.float64)
+    """The times of `count` DDIM steps (count + 1,), increasing float64, from the data at 0: LCM's grid of 50.
+
+    Raises InputError where they begin after the student's own first call, which would then never be trained.
+    """
+    found = torch.tensor((0.0, *reversed(path.grid(count))), dtype=torch.float64)
+    if found[-1] < path.grid(1)[0]:
+        raise InputError(f"a grid of {count} steps leaves the noise end out; take a divisor of the teacher's times.")
+    return found
 
 
 def neighbours(draw: Draws, grid: Tensor, skip: int = 1) -> tuple[Tensor, Tensor]:

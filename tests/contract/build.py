@@ -66,7 +66,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "speedupnet": {"hops": 1},
     "swiftbrush": {"lr": FAST},
     "swiftbrush-v2": {"lr": FAST},
-    "tcd": {"grid": 12, "keep": 0.5},
+    "tcd": {"grid": 10, "keep": 0.5},
     "vsd": {"lr": FAST},
 }
 """Options of methods in phases, or of long chains of steps, and rates, for a run whose rounds are known and few:

@@ -55,6 +55,8 @@ def test_strides_are_the_grid_of_latent_consistency():
     """k 20 - 1 of a thousand, k = 1 .. 50, and the table's first entry."""
     want = torch.tensor([0, *(20 * k - 1 for k in range(1, 51))], dtype=F64) / 999
     close(times.strides(make_path("table"), 50), want)
+    with pytest.raises(InputError, match="a grid of 12 steps leaves the noise end out"):
+        times.strides(make_path("table"), 12)  # 995 of 999
 
 
 def test_neighbours_are_uniform():
