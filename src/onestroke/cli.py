@@ -84,7 +84,10 @@ def plan(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for distill. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
-    """Predict the memory of a run before anything is loaded; with --memory, say what makes it fit."""
+    """Predict the memory of a run before anything is loaded; with --memory, say what makes it fit.
+
+    Exit code 1: the run does not fit as it is.
+    """
     from onestroke.plan import parse_bytes, switches
     from onestroke.plan import plan as run
     from onestroke.settings import parse
@@ -99,18 +102,20 @@ def plan(
     if as_json:
         extra = {"fits": fits, "switches": remedy and remedy[0], "peak_with_switches": remedy and remedy[1].peak}
         print(json.dumps(found.as_dict() | extra, indent=2))
-        return
-    table = Table("", "GiB")
-    for name, size in found.rows():
-        table.add_row(name, f"{size / 2**30:.3f}")
-    console.print(table)
-    if limit is not None:
-        how = "fits" if fits else "does not fit"
-        print(f"{how} into {memory}: {found.peak / 2**30:.3f} of {limit / 2**30:.3f} GiB")
-        if remedy:
-            print(f"with {', '.join(remedy[0])} it fits: {remedy[1].peak / 2**30:.3f} GiB")
-        elif not fits:
-            print("no set of switches makes it fit; take a smaller resolution or a smaller teacher")
+    else:
+        table = Table("", "GiB")
+        for name, size in found.rows():
+            table.add_row(name, f"{size / 2**30:.3f}")
+        console.print(table)
+        if limit is not None:
+            how = "fits" if fits else "does not fit"
+            print(f"{how} into {memory}: {found.peak / 2**30:.3f} of {limit / 2**30:.3f} GiB")
+            if remedy:
+                print(f"with {', '.join(remedy[0])} it fits: {remedy[1].peak / 2**30:.3f} GiB")
+            elif not fits:
+                print("no set of switches makes it fit; take a smaller resolution or a smaller teacher")
+    if fits is False:
+        raise typer.Exit(1)
 
 
 @app.command()

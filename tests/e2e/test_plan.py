@@ -196,7 +196,9 @@ def test_on_the_command_line(onestroke, pipeline_folder):
     said = onestroke(*words, "--memory", "24GiB")
     assert said.code == 0, said
     assert "fits into 24GiB" in said.out
-    assert "no set of switches" in onestroke(*words, "--memory", "1kB").out
+    small = onestroke(*words, "--memory", "1kB")
+    assert "no set of switches" in small.out
+    assert small.code == 1
     assert onestroke(*words, "--memory", "much").code == 2
     wrong = onestroke(*words, "--resolution", 17)
     assert wrong.code == 2
