@@ -103,7 +103,6 @@ def main() -> None:
     scored = [prompts[i] for i in order]
     extract, (reference, _) = LiteFeatures(), reference_features(args.teacher)
     towers, teacher = load_teacher("emoji64").pipeline, load_teacher(args.teacher)
-    images = write_images(args.data, args.out / "images")
 
     def score(draw) -> dict[str, float]:
         pictures, _ = draw_all(draw, scored)
@@ -125,7 +124,9 @@ def main() -> None:
         name = method if args.student_steps is None else f"{method}, {args.student_steps} steps"
         if known(name):
             continue
-        source = {"images": images} if "x0" in get_method(method).needs else {"prompts": folder / "prompts.txt"}
+        source = {"prompts": folder / "prompts.txt"}
+        if "x0" in get_method(method).needs:
+            source = {"images": write_images(args.data, args.out / "images")}
         chosen = {"steps": args.rounds, "student_steps": args.student_steps}
         settings = {"log_with": "none"} | {k: v for k, v in chosen.items() if v is not None}
         out = args.out / name
