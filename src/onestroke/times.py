@@ -69,7 +69,7 @@ def strides(path: Path, count: int) -> Tensor:
     Raises InputError where they begin after the student's own first call, which would then never be trained.
     """
     found = torch.tensor((0.0, *reversed(path.grid(count))), dtype=torch.float64)
-    if found[-1] < path.grid(1)[0]:
+    if found[-1] < path.t_max:
         raise InputError(f"a grid of {count} steps leaves the noise end out; take a divisor of the teacher's times.")
     return found
 

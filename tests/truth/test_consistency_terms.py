@@ -12,7 +12,7 @@ from onestroke.denoiser import Guided
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import Turn, play
-from onestroke.paths import EDM
+from onestroke.paths import EDM, Flow
 from truth.checks import F64, close, hand_ab, labels, make_path, tensor, two_classes
 from truth.score_checks import TAU, M, gauss
 from truth.test_mutants import broken
@@ -57,6 +57,7 @@ def test_strides_are_the_grid_of_latent_consistency():
     close(times.strides(make_path("table"), 50), want)
     with pytest.raises(InputError, match="a grid of 12 steps leaves the noise end out"):
         times.strides(make_path("table"), 12)  # 995 of 999
+    assert times.strides(Flow(terminal=0.1), 50)[-1] == 1  # which does not draw in one step
 
 
 def test_neighbours_are_uniform():
