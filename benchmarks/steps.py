@@ -16,7 +16,6 @@ from typing import Any
 from onestroke.methods import METHODS, get_method
 from onestroke.metrics import machine
 from onestroke.paths import EDM
-from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.truth import converge, ring
 
 FILE, PAGE = Path("docs/steps.json"), Path("docs/steps.md")
@@ -38,11 +37,9 @@ network in as many calls, before distilling.
 
 def measure(method: str, rounds: int, seed: int) -> dict[str, Any]:
     """One row: sliced-W2 over the floor by number of steps, after distilling and before."""
-    labelled = ring(EDM())
-    teacher = GaussianMixture(labelled.path, labelled.means, labelled.std)
-    renoise, after, before = get_method(method).defaults.get("renoise", "fresh"), {}, {}
+    teacher, after, before = ring(EDM(), labelled=False), {}, {}
     for k in STEPS:
-        rest = {"steps": rounds * k, "seconds": 3600, "seed": seed, "batch_size": 256, "renoise": renoise}
+        rest = {"steps": rounds * k, "seconds": 3600, "seed": seed, "batch_size": 256}
         found = converge(method, teacher, student_steps=k, **rest)
         after[str(k)], before[str(k)] = round(found.sliced_w2 / found.floor, 2), round(found.start / found.floor, 2)
     about = {"rounds": rounds, "seed": seed, "date": str(datetime.date.today()), "on": machine()}

@@ -220,13 +220,15 @@ def converge(
 
     prediction: of the small net, on the teacher's path. student_steps: 1, unless recipes/exact says otherwise. reward:
     for the methods that need one; by default one that is constant on the truth (see `inside`). settings: as in
-    `distill` (trainer settings and options of the method), over those of recipes/exact. A fifth of the time goes to the
-    fit; with `steps`, both parts end after that many rounds, so that the result does not depend on the machine's speed.
+    `distill` (trainer settings and options of the method), over those of recipes/exact; the noise between steps is the
+    method's own. A fifth of the time goes to the fit; with `steps`, both parts end after that many rounds, so that the
+    result does not depend on the machine's speed.
     Raises InputError for an unknown method or setting.
     """
     began = time.monotonic()
     cls = get_method(method)
-    layers = ({"seed": seed}, DEFAULTS, *recipe_layers("exact", method))
+    between = {k: v for k, v in cls.defaults.items() if k == "renoise"}
+    layers = ({"seed": seed}, DEFAULTS, between, *recipe_layers("exact", method))
     given = settings | ({"student_steps": student_steps} if student_steps else {})
     run, chosen = resolve(given, options(cls), cls.players, *layers)
     if run.student_steps > cls.max_steps:
@@ -289,10 +291,11 @@ def converge(
     )
 
 
-def ring(path: Path, modes: int = 8, radius: float = 1.0, std: float = 0.1) -> GaussianMixture:
-    """The labelled ring of Gaussians: `modes` components of deviation `std` on a circle, each its own class."""
+def ring(path: Path, modes: int = 8, radius: float = 1.0, std: float = 0.1, labelled: bool = True) -> GaussianMixture:
+    """The ring of Gaussians: `modes` components of deviation `std` on a circle, each its own class, or all of one."""
     angle = torch.arange(modes) * (2 * torch.pi / modes)
-    return GaussianMixture(path, radius * torch.stack([angle.cos(), angle.sin()], 1), std, labels=torch.arange(modes))
+    means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+    return GaussianMixture(path, means, std, labels=torch.arange(modes) if labelled else None)
 
 
 def mixture(path: Path) -> GaussianMixture:

@@ -100,8 +100,7 @@ def steps_help(method: str, path: Path | None = None, rounds: int = 150, **setti
 
     rounds: for each step to learn.
     """
-    labelled = ring(path or EDM())
-    teacher = GaussianMixture(path or EDM(), labelled.means, labelled.std)
+    teacher = ring(path or EDM(), labelled=False)
     settings = {"batch_size": 256, "seconds": 600, **settings}
     one, two = (converge(method, teacher, student_steps=k, steps=rounds * k, **settings) for k in (1, 2))
     assert two.sliced_w2 < 0.8 * one.sliced_w2
