@@ -12,6 +12,7 @@ from truth import segment_checks as checks
 from truth.checks import Given, close, fourfold, labels, make_path
 from truth.segment_checks import PATHS, SLOW, STUDENT, Exact, Line, gauss, variance
 from truth.test_mutants import broken
+from truth.test_paths import SD
 
 each = pytest.mark.parametrize("name", PATHS)
 U = 0.6
@@ -134,6 +135,28 @@ def test_no_eta_is_ddim_and_a_whole_one_fresh_noise():
 
     close(second(eta=0.0), second(renoise="implied"))
     assert torch.equal(second(eta=1.0), second())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_diffusers_scheduler_takes_the_same_steps(eta):
+    from diffusers import TCDScheduler
+
+    scheduler = TCDScheduler(1000, **SD, original_inference_steps=8, prediction_type="sample")
+    scheduler.set_timesteps(4)
+    path, one, two = make_path("table"), *(torch.Generator().manual_seed(5) for _ in range(2))
+
+    class Noise:
+        def normal(self, like):
+            return torch.randn(like.shape, generator=one, dtype=like.dtype)
+
+    def net(x, t, cond):
+        return path.split(x, x.tanh(), t, "x0")
+
+    xs = FewStep(path, path.grid(4), eta=eta).inputs(net, fourfold(1)[0], labels(4), Noise())
+    x = xs[0]
+    for t, want in zip(scheduler.timesteps, xs[1:], strict=False):
+        x = scheduler.step(x.tanh(), t, x, eta, generator=two).prev_sample
+        close(x, want, rtol=1e-5, atol=1e-5)
 
 
 @each
