@@ -6,7 +6,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from onestroke.methods import METHODS, describe, get_method
+from onestroke.methods import METHODS, describe, extra_memory, get_method
 
 PAGE = Path(__file__).parent / "methods.md"
 HEAD = """# Methods
@@ -39,7 +39,7 @@ def section(name: str) -> str:
         f"- Needs: {', '.join(row['needs'])}",
         f"- Student calls per picture: {steps}",
         f"- Players, in the order of play: {', '.join(row['players'])}",
-        f"- Extra memory: {len(row['players']) - 1} trained beside the student; with LoRA their adapters alone",
+        f"- Extra memory: {extra_memory(row)}; with LoRA their adapters alone",
         f"- Network passes per round, guidance on: {row['cost']} ({calls})",
         *([f"- Checked on exact teachers, sliced-W2 over the floor: {checked}"] if checked else []),
         *table(row["options"], ("option", "default")),

@@ -2,16 +2,19 @@
 
 Each method is distilled with the shipped settings of this teacher, as `onestroke distill` does by itself. Its row goes
 to OUT/rows when it is done, and those already there are kept: the same command continues an interrupted table, and
-several may fill one table with different methods. With --write the rows go into docs/images.json, over the older ones
+several may fill one table with different methods. With --draw-steps the students that stand in OUT are drawn in other
+numbers of steps as well, each in a row of its own. With --write the rows go into docs/images.json, over the older ones
 of these methods, and docs/images.md is written from that.
 
     python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...] [--write]
+                                    [--draw-steps 2 4]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from common import caption, load_data, posed, to_float
 from PIL import Image
 
 from onestroke import distill, load_student, load_teacher
-from onestroke.demo import SCORE_SEED, draw_all, samplers
+from onestroke.demo import SCORE_SEED, draw_all, from_student, samplers
 from onestroke.errors import InputError
 from onestroke.methods import METHODS, describe, get_method
 from onestroke.metrics import LiteFeatures, kid, machine, reference_features, retrieval
@@ -34,10 +37,10 @@ HEAD = """# Images
 What every method makes of a built-in teacher in a short run, with the settings that `onestroke distill` takes by itself
 (`src/onestroke/recipes`). Written by `recipes/emoji64/table.py --write`.
 
-Each student draws in its number of **steps**, {count} prompts of the teacher's own list. **KID** is on
-EfficientNet-Lite0 features against real images (smaller is better), **retrieval** how often a picture finds its prompt
-among all (larger is better), **gain** the teacher's one-step KID over the student's; the aim is 2. **seconds** of
-distilling are by the clock, with whatever else the machine did.
+Each student draws {count} prompts of the teacher's own list in its number of **steps**; where it was trained for
+another number, the table says so. **KID** is on EfficientNet-Lite0 features against real images (smaller is better),
+**retrieval** how often a picture finds its prompt among all (larger is better), **gain** the teacher's one-step KID
+over the student's; the aim is 2. **seconds** of distilling are by the clock, with whatever else the machine did.
 """
 TEACHER = """
 ## {name}
@@ -61,8 +64,9 @@ def page(tables: dict[str, dict[str, Any]], count: int) -> str:
                 continue
             if row["on"] not in machines:
                 machines.append(row["on"])
+            steps = f"{row['drawn']} (trained for {row['student_steps']})" if "drawn" in row else row["student_steps"]
             parts.append(
-                f"| {method.split(',')[0]} | {', '.join(row['needs'])} | {row['student_steps']} | {row['rounds']} "
+                f"| {method.split(',')[0]} | {', '.join(row['needs'])} | {steps} | {row['rounds']} "
                 f"| {row['kid']:.3f} | {one['kid'] / row['kid']:.2f} | {row['retrieval']:.3f} | {row['seconds']} "
                 f"| {row['date']} ({machines.index(row['on']) + 1}) |\n"
             )
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
     parser.add_argument("--rounds", type=int, help="instead of the settings'")
     parser.add_argument("--student-steps", type=int, help="instead of the settings', in a row of its own")
+    parser.add_argument("--draw-steps", nargs="*", type=int, default=[], help="of the finished students")
     parser.add_argument("--count", type=int, default=300, help="prompts that are scored")
     parser.add_argument("--write", action="store_true", help="into docs")
     args = parser.parse_args()
@@ -120,6 +125,14 @@ def main() -> None:
     for name, draw in two:
         if not known(name):
             keep(name, score(draw))
+
+    def keep_student(name: str, out: Path, steps: int | None = None) -> None:
+        student, method = load_student(out), name.split(",")[0]
+        about = {k: student.card[k] for k in ("student_steps", "rounds")} | ({"drawn": steps} if steps else {})
+        about |= {"needs": describe(method)["needs"], "seconds": round(student.card["seconds"])}
+        figures = score(from_student(student, steps))
+        keep(name, {**figures, **about, "date": str(datetime.date.today()), "on": machine()})
+
     for method in args.methods:
         name = method if args.student_steps is None else f"{method}, {args.student_steps} steps"
         if known(name):
@@ -135,11 +148,11 @@ def main() -> None:
         except InputError as error:
             keep(name, {"refused": str(error)})
             continue
-        student = load_student(out)
-        *_, draw = samplers(teacher, student, scale).values()
-        needs, seconds = describe(method)["needs"], round(student.card["seconds"])
-        about = {"needs": needs, "seconds": seconds} | {k: student.card[k] for k in ("student_steps", "rounds")}
-        keep(name, {**score(draw), **about, "date": str(datetime.date.today()), "on": machine()})
+        keep_student(name, out)
+    for method, steps in itertools.product(args.methods, args.draw_steps):
+        out, name = args.out / method, f"{method}, drawn in {steps}"
+        if known(method) and not known(name) and (out / "onestroke.json").is_file():
+            keep_student(name, out, steps)
 
     if args.write:
         file = DOCS / "images.json"

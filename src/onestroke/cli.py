@@ -229,7 +229,7 @@ def methods(
     case: Annotated[str, typer.Option(help="The exact teacher of the check.")] = "ring, EDM, x0",
 ):
     """List the methods: what each needs, plays and costs, and how near to the truth it came; or check one now."""
-    from onestroke.methods import METHODS, describe
+    from onestroke.methods import METHODS, describe, extra_memory
 
     if check:
         from onestroke.truth import check as run
@@ -257,11 +257,14 @@ def methods(
             checked = "; ".join(f"{case}: {ratio:.1f} x" for case, ratio in row["checked"].items()) or "not checked"
             facts = (
                 f"needs {', '.join(row['needs'])}; {steps}; plays {', '.join(row['players'])}; "
-                f"+{len(row['players']) - 1} net(s); {row['cost']} passes ({passes})\n{checked}"
+                f"extra memory: {extra_memory(row)}; {row['cost']} passes ({passes})\n{checked}"
             )
             console.print(f"  [bold cyan]{row['name']}[/]  {row['paper']}", highlight=False)
             console.print(Padding(facts, (0, 0, 0, 4)), highlight=False)
-    console.print("\n+net(s): trained beside the student, adapters alone with LoRA; passes: of one round, by network;")
+    console.print(
+        "\nextra memory: networks beside teacher and student, trained or copied from the student, adapters alone"
+    )
+    console.print("with LoRA; passes: of one round, by network;")
     console.print("last line: the sliced-W2 on exact teachers over that of two true samples (docs/truth.md)")
 
 

@@ -47,10 +47,13 @@ def samplers(teacher: PipelineTeacher, student: Student, guidance_scale: float) 
     return {
         f"teacher, {TEACHER_STEPS} steps": from_teacher(TEACHER_STEPS, guidance_scale),
         "teacher, 1 step": from_teacher(1, 1.0),
-        "student, 1 step": lambda prompts, seed: student.model.decode(
-            student.latents(student.model.encode(prompts), seed)
-        ),
+        "student, 1 step": from_student(student),
     }
+
+
+def from_student(student: Student, steps: int | None = None):
+    """(prompts, seed) -> images (N, 3, H, W), in the student's own number of steps or another."""
+    return lambda prompts, seed: student.model.decode(student.latents(student.model.encode(prompts), seed, steps))
 
 
 def sheet(columns: dict[str, Tensor], prompts: list[str], scale: int = 2) -> Image.Image:

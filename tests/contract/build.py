@@ -56,7 +56,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "mlcm": {"keep": 0.5, "stage_steps": 0},
     "pcm": {"grid": 12, "keep": 0.5},
     "pg-sb": {"lr": FAST, "null_rate": 0.1},
-    "progressive": {"start": 16, "stage_steps": 0},
+    "progressive": {"stage_steps": 0, "lr": 3e-3},
     "sana-sprint": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "scm": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "scott": {"grid": 50},

@@ -165,7 +165,8 @@ def test_methods_and_teachers_as_text(onestroke):
     listed = " ".join(methods.out.split())
     for row in json.loads(onestroke("methods", "--json").out):
         assert f"{row['name']} {row['paper']}" in listed
-    assert "needs prompts; one step; plays student, fake; +1 net(s); 6 passes (student 1, teacher 2, fake 3)" in listed
+    assert "needs prompts; one step; plays student, fake; extra memory: fake trained; 6 passes" in listed
+    assert "plays student, heads; extra memory: heads trained; slow copied; 7 passes" in listed
     assert "teacher" in teachers.out
 
 

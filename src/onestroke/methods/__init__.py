@@ -55,6 +55,12 @@ def _case(row: dict[str, Any]) -> str:
     return row["case"] if row["student_steps"] == 1 else f"{row['case']}, {row['student_steps']} steps"
 
 
+def extra_memory(row: dict[str, Any]) -> str:
+    """The networks that a described method holds beside teacher and student."""
+    held = {"trained": row["players"][1:], "copied": row["targets"]}
+    return "; ".join(f"{', '.join(names)} {how}" for how, names in held.items() if names) or "none"
+
+
 def describe(name: str) -> dict[str, Any]:
     """What `onestroke methods` prints of one method."""
     cls = get_method(name)
@@ -66,6 +72,7 @@ def describe(name: str) -> dict[str, Any]:
         "needs": [{"x0": "images"}.get(need, need) for need in sorted(cls.needs)] or ["prompts"],
         "max_steps": cls.max_steps,
         "players": list(cls.players),
+        "targets": list(cls.targets),
         "passes": dict(cls.passes),
         "cost": sum(cls.passes.values()),
         "checked": {_case(r): round(r["sliced_w2"] / r["floor"], 2) for r in results() if r["method"] == name},
