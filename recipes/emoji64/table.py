@@ -3,11 +3,12 @@
 Each method is distilled with the shipped settings of this teacher, as `onestroke distill` does by itself. Its row goes
 to OUT/rows when it is done, and those already there are kept: the same command continues an interrupted table, and
 several may fill one table with different methods. With --draw-steps the students that stand in OUT are drawn in other
-numbers of steps as well, each in a row of its own. With --write the rows go into docs/images.json, over the older ones
-of these methods, and docs/images.md is written from that.
+numbers of steps as well, each in a row of its own; with --init a method goes on from the finished student of another.
+With --write the rows go into docs/images.json, over the older ones of these methods, and docs/images.md is written from
+that.
 
     python recipes/emoji64/table.py --data DATA --out runs/table [--teacher emoji64] [--methods dmd2 sid ...] [--write]
-                                    [--draw-steps 2 4]
+                                    [--draw-steps 2 4] [--init kd]
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
     parser.add_argument("--rounds", type=int, help="instead of the settings'")
     parser.add_argument("--student-steps", type=int, help="instead of the settings', in a row of its own")
+    parser.add_argument("--init", choices=sorted(METHODS), help="begin as the finished student of this one")
     parser.add_argument("--draw-steps", nargs="*", type=int, default=[], help="of the finished students")
     parser.add_argument("--count", type=int, default=300, help="prompts that are scored")
     parser.add_argument("--write", action="store_true", help="into docs")
@@ -127,20 +129,22 @@ def main() -> None:
             keep(name, score(draw))
 
     def keep_student(name: str, out: Path, steps: int | None = None) -> None:
-        student, method = load_student(out), name.split(",")[0]
+        student = load_student(out)
         about = {k: student.card[k] for k in ("student_steps", "rounds")} | ({"drawn": steps} if steps else {})
-        about |= {"needs": describe(method)["needs"], "seconds": round(student.card["seconds"])}
+        about |= {"needs": describe(student.card["method"])["needs"], "seconds": round(student.card["seconds"])}
         figures = score(from_student(student, steps))
         keep(name, {**figures, **about, "date": str(datetime.date.today()), "on": machine()})
 
     for method in args.methods:
-        name = method if args.student_steps is None else f"{method}, {args.student_steps} steps"
+        name = method if args.init is None else f"{method} from {args.init}"
+        name += f", {args.student_steps} steps" if args.student_steps else ""
         if known(name):
             continue
         source = {"prompts": folder / "prompts.txt"}
         if "x0" in get_method(method).needs:
             source = {"images": write_images(args.data, args.out / "images")}
-        chosen = {"steps": args.rounds, "student_steps": args.student_steps}
+        init = args.init and str(args.out / args.init)
+        chosen = {"steps": args.rounds, "student_steps": args.student_steps, "init": init}
         settings = {"log_with": "none"} | {k: v for k, v in chosen.items() if v is not None}
         out = args.out / name
         try:

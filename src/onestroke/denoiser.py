@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from onestroke.errors import InputError
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
@@ -130,7 +135,7 @@ _fused = False
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention by fused kernels on a CPU too: their memory is that of a GPU's."""
+    """Attention and texts on a CPU as on a GPU, whose memory they then take."""
     global _fused
     before, _fused = _fused, True
     try:
@@ -139,16 +144,53 @@ def fused_attention() -> Iterator[None]:
         _fused = before
 
 
+class WideAttention(TorchFunctionMode):
+    """Attention in float32 at least, whatever autocast says. Where it is to `keys` keys, the last of them stands for
+    `count` equal ones: log count on its logit."""
+
+    def __init__(self, keys: int = 0, count: int = 1):
+        super().__init__()
+        self.keys, self.count = keys, count
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
+        given |= kwargs or {}
+        back = given["value"].dtype
+        for name in ("query", "key", "value", "attn_mask"):
+            if isinstance(x := given.get(name), Tensor) and x.dtype in (torch.bfloat16, torch.float16):
+                given[name] = x.float()
+        if given["key"].shape[-2] == self.keys:
+            bias = given["key"].new_zeros(self.keys)
+            bias[-1] = math.log(self.count)
+            given["attn_mask"] = bias.expand(given["query"].shape[-2], -1)
+        with torch.autocast("cpu", enabled=False):
+            return func(**given).to(back)
+
+
 @contextmanager
-def plain_attention(x: Tensor) -> Iterator[None]:
-    """Attention to x by matrix products where fused kernels are slow backward, on a CPU, or cannot be: under
-    forward-mode differentiation."""
+def plain_attention(x: Tensor, keys: int = 0, count: int = 1) -> Iterator[None]:
+    """Attention to x by the kernels that are fast backward on a CPU, which those of bfloat16 are not, and by matrix
+    products under forward-mode differentiation, for which there are no fused ones. keys, count: see WideAttention."""
     slow = x.device.type == "cpu" and torch.is_grad_enabled() and not _fused
-    if slow or unpack_dual(x).tangent is not None:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
+    with ExitStack() as stack:
+        if unpack_dual(x).tangent is not None:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if slow or count > 1:
+            stack.enter_context(WideAttention(keys, count))
         yield
+
+
+def checkpointed(block: Callable[..., Any], *args: Any) -> Any:
+    """Gradient checkpointing of a block, which runs again under the attention of its first time."""
+    x = next(a for a in args if isinstance(a, Tensor))
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), plain_attention(x)))
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a call on x is computed on a CPU, and neither written down as a graph nor measured for a GPU."""
+    return x.device.type == "cpu" and not (_fused or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def as_wide(cond: Cond, other: Cond) -> dict[str, Tensor]:

@@ -323,14 +323,20 @@ def test_channels_last_and_compile_draw_the_same(full, monkeypatch):
         torch.testing.assert_close(fast.latents(cond, 3, steps), slow.latents(cond, 3, steps), rtol=0, atol=1e-4)
 
 
-def test_attention_is_fused_where_nothing_is_differentiated():
-    """On a CPU fused kernels are the quicker ones forward and the slower ones backward."""
-    with plain_attention(torch.zeros(1)):
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    with fused_attention(), plain_attention(torch.zeros(1)):
-        assert torch.backends.cuda.flash_sdp_enabled()
-    with torch.no_grad(), plain_attention(torch.zeros(1)):
-        assert torch.backends.cuda.flash_sdp_enabled()
+def test_attention_that_is_differentiated_on_a_cpu_is_in_float32():
+    """The kernels of bfloat16 are many times slower backward there, and quicker forward."""
+    q, k, v = torch.randn(3, 1, 2, 30, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    wide, plain = attend(q.float(), k.float(), v.float()).bfloat16(), attend(q, k, v)
+    assert not torch.equal(wide, plain)
+    with plain_attention(q):
+        assert torch.equal(attend(q, key=k, value=v), wide)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attend(q.float(), k.float(), v), wide)
+    with fused_attention(), plain_attention(q):
+        assert torch.equal(attend(q, k, v), plain)
+    with torch.no_grad(), plain_attention(q):
+        assert torch.equal(attend(q, k, v), plain)
 
 
 def test_a_tiny_decoder_takes_the_place_of_the_decoder(full, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from families import FAMILIES
-from onestroke.denoiser import Guided, tap
+from families import FAMILIES, pipeline_of
+from onestroke.denoiser import Guided, fused_attention, tap
 from onestroke.paths import Flow
 from onestroke.sampling import FewStep
 from onestroke.students.student import SeededNoise, Student, load_student, save_student
@@ -168,3 +168,44 @@ def test_a_picture_depends_on_its_own_prompt_alone(name, teachers):
         for i in range(3):
             alone = teacher.net(noise[i : i + 1], t, teacher.encode([prompts[i]])).x0
             assert (together[i] - alone[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_the_zeros_of_an_sd3_without_its_third_encoder_count_as_one_token(forward):
+    """Output, features and gradients (or the derivative along x and t) are those of all the tokens."""
+    pipeline = pipeline_of("sd3")
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    teacher = PipelineTeacher(pipeline, "silent")
+    net, cond = tap(teacher.net.requires_grad_()), {k: v.clone() for k, v in teacher.encode(PROMPTS).items()}
+    x, t = torch.randn(2, *teacher.shape), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    lengths = []
+    net.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+
+    def found() -> list[Tensor]:
+        if forward:
+            given = (x, t), (torch.ones_like(x), torch.ones_like(t))
+            return list(torch.func.jvp(lambda x, t: net(x, t, cond).x0, *given))
+        net.zero_grad(set_to_none=True)
+        y = x.clone().requires_grad_()
+        est = net(y, t, cond)
+        (est.x0**3).sum().backward()
+        return [est.x0, *est.features, y.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    with fused_attention():
+        whole = found()
+    short = found()
+    assert lengths[0] - lengths[1] == 255 == net.call.silent - 1
+    assert len(whole) == len(short) > 1
+    for one, other in zip(short, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * (1 + other.abs().max().item()))
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, cond).x0, short[0], rtol=1e-4, atol=1e-5)
+        net.call.silent -= 100
+        cond["text"] = cond["text"][:, :-100]
+        assert (net(x, t, cond).x0 - short[0]).abs().max() > 1e-3, "how many there are matters"
+
+
+def test_an_sd3_with_its_third_encoder_has_no_zeros(teachers):
+    assert teachers["sd3"].net.call.silent == 0

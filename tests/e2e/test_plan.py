@@ -210,13 +210,13 @@ def test_a_method_that_encodes_prompts_of_its_own(pipeline_folder):
     assert plan(pipeline_folder, "pg-sb", batch_size=1, negatives="blurry; ugly").peak > 0
 
 
-def test_a_gpu_keeps_no_matrix_of_attention(teachers):
-    """What the difference is made of: the weights of every pair of tokens, where a CPU keeps them."""
+def test_no_matrix_of_attention_is_kept(teachers):
+    """The weights of every pair of tokens are neither in the memory of a GPU nor in that of a CPU."""
     teacher, folder = teachers["sd15"], teachers.root / "sd15"
     cpu, cuda = (plan(folder, "swiftbrush", device=name, batch_size=8, height=64, width=64) for name in ("cpu", "cuda"))
     assert teacher.part == "unet"
     tokens, heads = (64 // 2) ** 2, 2
-    assert cpu.peak - cuda.peak > 8 * heads * tokens**2 * 4
+    assert cpu.peak - cuda.peak < 8 * heads * tokens**2 * 4
     with pytest.raises(InputError, match="unknown device 'tpu'"):
         plan(folder, "swiftbrush", device="tpu")
 

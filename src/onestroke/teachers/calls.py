@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from onestroke.errors import InputError
@@ -108,7 +108,7 @@ class Call:
     rows: argument -> name in the condition, for what differs by picture; a name in `ragged` is passed as a list of the
     rows, without the padding that the condition's mask shows. constants: what does not. row: the shape of one sample as
     it is passed, in a list where `listed`; order: which entry of a flattened latent stands where in it, where it is
-    packed. sign: of the output.
+    packed. sign: of the output. silent: tokens at the end of an SD3's text that are zeros whatever the prompt.
     """
 
     sample: str = "sample"
@@ -123,6 +123,7 @@ class Call:
     row: tuple[int, ...] | None = None
     listed: bool = False
     order: Tensor | None = None
+    silent: int = 0
 
     @cached_property
     def places(self) -> Tensor:
@@ -286,6 +287,9 @@ class Caller:
         self.seeded = getattr(two.scheduler, "seeded", True)  # schedulers with betas are, by every pipeline
         null = self._null(call)
         self.embedded = "guidance" in call.rows.values()
+        if isinstance(getattr(self.pipeline, self.part), SD3Transformer2DModel):
+            said = torch.cat([call.condition(two.calls[0])["text"], null["text"]]).ne(0).any(-1).any(0)
+            call.silent = int(said.flip(0).cumsum(0).eq(0).sum())
         return call, shape, null
 
     def _sort(self, call: Call, key: str, two: Any, four: Any) -> None:

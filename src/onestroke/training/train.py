@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from onestroke.denoiser import plain_attention
+from onestroke.denoiser import checkpointed
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
@@ -156,7 +156,7 @@ class Trainer:
             if settings.gradient_checkpointing:
                 for child in module.modules():
                     if hasattr(child, "enable_gradient_checkpointing"):
-                        child.enable_gradient_checkpointing()
+                        child.enable_gradient_checkpointing(checkpointed)
             sparse = getattr(module, "sparse", False)  # a call uses some of its parameters
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=sparse)
             prepare = self.accelerator.prepare_model
@@ -233,9 +233,7 @@ class Trainer:
                 value.zero_()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward with the attention of the forward pass: gradient checkpointing repeats that pass here."""
-        with plain_attention(loss):
-            self.accelerator.backward(loss)
+        self.accelerator.backward(loss)
 
     def advance(self, game: Game, answer: Tensor | None) -> Turn | Mean | None:
         with self.accelerator.autocast():
