@@ -39,7 +39,8 @@ What every method makes of a built-in teacher in a short run, with the settings 
 (`src/onestroke/recipes`). Written by `recipes/emoji64/table.py --write`.
 
 Each student draws {count} prompts of the teacher's own list in its number of **steps**; where it was trained for
-another number, the table says so. **KID** is on EfficientNet-Lite0 features against real images (smaller is better),
+another number, the table says so. "m from k" began as the student that k left, as the papers of ADM and NitroFusion
+begin with a student of few steps. **KID** is on EfficientNet-Lite0 features against real images (smaller is better),
 **retrieval** how often a picture finds its prompt among all (larger is better), **gain** the teacher's one-step KID
 over the student's; the aim is 2. **seconds** of distilling are by the clock, with whatever else the machine did.
 """
