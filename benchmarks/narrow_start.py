@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from onestroke import terms
 from onestroke.method import Parts
 from onestroke.methods import get_method, options
+from onestroke.metrics import machine
 from onestroke.paths import EDM
 from onestroke.run import recipe_layers
 from onestroke.sampling import FewStep
@@ -82,7 +84,8 @@ def main() -> None:
             rows.append(f"| {method} | {divergence} | {modes} | {distances} |")
             print(rows[-1], flush=True)
     about = (__doc__ or "").split("\n\n")[1]
-    PAGE.write_text(f"# From a narrow start\n\n{about}\n\n{asked.rounds} rounds of 256.\n\n" + "\n".join(rows) + "\n")
+    made = f"{asked.rounds} rounds of 256; {datetime.date.today()}, {machine()}."
+    PAGE.write_text(f"# From a narrow start\n\n{about}\n\n{made}\n\n" + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
