@@ -135,7 +135,7 @@ _fused = False
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention and texts on a CPU as on a GPU, whose memory they then take."""
+    """Attention on a CPU as on a GPU, in the same types and to the whole text, so that it takes a GPU's memory."""
     global _fused
     before, _fused = _fused, True
     try:
