@@ -146,6 +146,32 @@ def check_network(folder: Path, needs: Collection[str]) -> None:
         raise no_halves(network[-1])
 
 
+def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> None:
+    """Build the method on a small net of the teacher's path, for what it refuses by itself. Raises InputError."""
+    import copy
+
+    from onestroke.method import Parts
+    from onestroke.sampling import FewStep
+    from onestroke.truth import Net
+
+    net, null = Net(path, prediction, 2, 1, 1.0, width=8), {"label": torch.tensor([-1])}
+    few = FewStep(path, path.grid(run.student_steps), renoise=run.renoise)
+    parts = Parts(
+        net,
+        net,
+        lambda role: copy.deepcopy(net),
+        few,
+        null,
+        run.guidance_scale,
+        shape=(2,),
+        reward=lambda x0, cond: x0.sum(1),
+        rounds=run.steps,
+        encode=lambda texts: {"label": torch.zeros(len(texts), dtype=torch.int64)},
+        conditions=null,
+    )
+    get_method(method)(parts, **options)
+
+
 def check_init(run: Settings) -> None:
     """Refuse a student that another cannot begin from, by its small files. Raises InputError."""
     from onestroke.students.student import read_card
@@ -261,15 +287,17 @@ def distill(
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
     check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
-    if isinstance(source, Path):
-        from onestroke.teachers.pipeline import hollow_network, inspect_folder
+    from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in
 
+    if isinstance(source, Path):
         inspect_folder(source)
         check_network(source, needs)
         if "steering" in needs:
             from onestroke.teachers.nasa import check_steerable
 
             check_steerable(hollow_network(source))
+    path, prediction = (teacher.path, teacher.net.prediction) if hasattr(teacher, "net") else schedule_in(source)
+    rehearse(method, run, chosen, path, prediction)
     if "reward" in needs:
         check_reward(reward or run.reward, source)
     if run.students > 1 or owners is not None:

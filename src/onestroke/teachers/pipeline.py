@@ -145,6 +145,25 @@ def hollow_network(source: str | Path) -> Any:
         raise unreadable(source, error) from None
 
 
+def schedule_in(source: str | Path) -> tuple[Flow | Table, Prediction]:
+    """The path of a folder or of a hub id and what its network predicts, from the scheduler's config alone.
+
+    Of a flow the shift is the scheduler's own, which a pipeline may move with the size of its pictures. Raises
+    InputError for a hub id that cannot be read, and for a prediction that is singular at an end of the path.
+    """
+    try:
+        config = DDPMScheduler.load_config(source, subfolder="scheduler")
+    except OSError as error:
+        raise unreadable(source, error) from None
+    prediction = prediction_of(str(config.get("_class_name")), config, source)
+    path: Flow | Table = table_of(config) if prediction != "flow" else Flow(shift=config.get("shift", 1.0))
+    try:
+        path.check(prediction)
+    except ValueError as error:
+        raise InputError(f"teacher {str(source)!r}: {error}") from None
+    return path, prediction
+
+
 def check_libraries(declared: Mapping[str, Any], source: str | Path) -> None:
     """Refuse a component whose class is in no library: diffusers would run code from the folder. Raises InputError."""
     for part, entry in declared.items():
