@@ -3,7 +3,8 @@
 python -m benchmarks.truth [--seconds 90] [--methods swiftbrush ...] [--cases "ring, flow" ...] [--student-steps 2 4]
 
 Each result goes into src/onestroke/truth.json, over the older one of the same method, case and number of steps, and the
-page is written from that file: a part of the table can be measured again alone.
+page is written from that file: a part of the table can be measured again alone. --methods without a name measures
+nothing and writes the page.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onestroke.methods import METHODS, RESULTS, get_method, results
+from onestroke.methods import METHODS, RESULTS, get_method, options, results
 from onestroke.metrics import machine
+from onestroke.run import recipe_layers
+from onestroke.settings import resolve
 from onestroke.truth import CASES, Convergence, check, limit
 
 PAGE = Path("docs/truth.md")
@@ -38,6 +41,15 @@ may fall on its other side. The table says what a method can reach, not what it 
 
 | method | case | steps | sliced-W2 | floor | ratio | limit | start | gain | worst | rounds | seconds | pass | date |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+OPTIONS = """
+## Options that were not the defaults
+
+What `src/onestroke/recipes/exact` sets of a method's own options, with the default behind it. In bold: parts of the
+loss whose weight is 0, so that the rows above say nothing of them. Run settings (rates, averages, batches) are not
+listed; without one of the files' own, guidance_scale is 1.
+
 """
 
 
@@ -69,11 +81,26 @@ def line(row: dict[str, Any], machines: list[str]) -> str:
     )
 
 
+def changed(method: str) -> str:
+    """The line of a method's options that are not their defaults; empty if all are."""
+    cls = get_method(method)
+    default = options(cls)
+    _, chosen = resolve({}, default, cls.players, *recipe_layers("exact", method))
+    said = [
+        f"**{k} {v} ({default[k]})**" if k.endswith("weight") and not v else f"{k} {v} ({default[k]})"
+        for k, v in chosen.items()
+        if v != default[k]
+    ]
+    return f"- {method}: {', '.join(said)}\n" if said else ""
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     machines = sorted({row["on"] for row in rows})
     notes = "\n".join(f"({i}) {text}." for i, text in enumerate(machines, 1))
     count = f"{sum(row['passes'] for row in rows)} of {len(rows)} rows pass."
-    return HEAD + "\n".join(line(row, machines) for row in rows) + f"\n\n{count} Made by `make truth`.\n\n{notes}\n"
+    table = "\n".join(line(row, machines) for row in rows)
+    settings = OPTIONS + "".join(changed(method) for method in sorted({row["method"] for row in rows}))
+    return f"{HEAD}{table}\n\n{count} Made by `make truth`.\n\n{notes}\n{settings}"
 
 
 def main() -> int:
@@ -84,6 +111,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--student-steps", nargs="*", type=int, default=[None], help="instead of the settings'")
     args = parser.parse_args()
+    PAGE.write_text(page(results()), encoding="utf-8")
     good = True
     for method, case, steps in itertools.product(args.methods, args.cases, args.student_steps):
         if steps and steps > get_method(method).max_steps:

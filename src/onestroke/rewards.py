@@ -99,9 +99,6 @@ class PictureReward(nn.Module):
         self.teacher, self.judge, self.vae = teacher, judge, teacher.pipeline.vae  # the last to move with the method
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> PictureReward:
-        return super().train(False)
-
     def encode(self, prompts: list[str]) -> Tensor:
         """What the reward reads of a condition, under KEY: one row per prompt."""
         return self.judge.encode(prompts)

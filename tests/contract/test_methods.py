@@ -33,7 +33,7 @@ from onestroke.paths import EDM, PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
 from onestroke.training.train import Trainer
-from onestroke.truth import converge, fit, inside, ring
+from onestroke.truth import Net, converge, fit, inside, ring
 from truth.checks import turns_of
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -238,6 +238,42 @@ def test_a_round_reads_only_its_own_draws(name):
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     assert [sum(turn.terms.values()).item() for turn in turns_of(method, batch())] == one
+
+
+def noisy(name):
+    """A trainer whose networks have dropout."""
+    method = build(name, settings=settings_of())
+    for net in list(method.modules()):
+        if isinstance(net, Net):
+            net.enter = torch.nn.Sequential(net.enter, torch.nn.Dropout(0.5))
+    return Trainer(method, data(), settings_of())
+
+
+@every
+def test_networks_have_no_noise_of_their_own_in_training(name):
+    """Sheet 10, trap 6: calls of a network with dropout agree, the teacher's, the targets' and the players', and so do
+    rounds under other states of the global generator, which they do not move."""
+    one, two = noisy(name), noisy(name)
+    x, t, cond = torch.randn(8, 2).double(), torch.full((8,), 0.4).double(), batch().cond
+    nets = [net for net in one.method.modules() if isinstance(net, Net)]
+    assert one.method.teacher in nets
+    assert all(torch.equal(net(x, t, cond).x0, net(x, t, cond).x0) for net in nets)
+    torch.manual_seed(1)
+    before, log = torch.get_rng_state(), one.one_round(0.0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert two.one_round(0.0) == log
+
+
+def test_what_is_trained_beside_the_networks_is_in_train_mode():
+    """Of the heads' spectral norm the power iteration goes on; what is not trained is in eval mode."""
+    method = build("ladd")
+    head = next(m for m in method.heads.modules() if isinstance(m, torch.nn.Linear))
+    norm = torch.nn.utils.parametrizations.spectral_norm(head).parametrizations.weight[0]
+    trainer, before = Trainer(method, data(), settings_of()), norm._u.clone()
+    trainer.one_round(0.0)
+    assert not torch.equal(norm._u, before)
+    assert not any(m.training for m in method.teacher.modules())
 
 
 @every

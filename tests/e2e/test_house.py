@@ -242,6 +242,16 @@ def test_the_method_page_is_up_to_date():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_truth_page_is_what_was_measured_and_with_what(monkeypatch):
+    """It names the parts that its settings switch off."""
+    monkeypatch.syspath_prepend(ROOT)
+    page = importlib.import_module("benchmarks.truth").page(methods.results())
+    assert (ROOT / "docs" / "truth.md").read_text(encoding="utf-8") == page, "run python -m benchmarks.truth --methods"
+    for method, option in (("ctm", "gan_weight"), ("hyper-sd", "gan_weight"), ("pcm", "gan_weight")):
+        assert re.search(rf"^- {method}: .*\*\*{option} 0.0 \(", page, re.MULTILINE)
+    assert re.search(r"^- tiue: .*\*\*kl_weight 0.0 \(0.8\)\*\*", page, re.MULTILINE)
+
+
 def test_contributing_maps_the_source_tree():
     (block,) = re.findall(
         r"^In `src/onestroke`.*?\n\n((?:    .*\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE

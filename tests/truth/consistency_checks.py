@@ -17,6 +17,7 @@ from onestroke.method import Batch
 from onestroke.paths import Estimate, like
 from truth.checks import F64, Given, close, fourfold, hand_ab, labels, make_path, parts, tensor
 from truth.score_checks import gauss
+from truth.segment_checks import Classes
 
 M, S = 0.3, 0.5
 NAMES = ("vp", "edm", "flow", "trig", "table", "table0")
@@ -98,7 +99,7 @@ def solved(method, path, grid, x0=None, step=0):
     line = method.student.line
     for i in range(1, len(grid)):
         with pair(grid[i], grid[i - 1]):
-            turn = next(method.step(Batch(e, labels(4, 0), Given(e), x0), step))
+            turn = next(method.step(Batch(e, labels(4, 0), Drawn(torch.ones(4, dtype=F64), e, e), x0), step))
         (slope,) = torch.autograd.grad(sum(turn.terms.values()), line, create_graph=True)
         curve = torch.stack([torch.autograd.grad(v, line, retain_graph=True)[0][i] for v in slope[i]])
         with torch.no_grad():
@@ -106,6 +107,21 @@ def solved(method, path, grid, x0=None, step=0):
             if "slow" in dict(method.named_children()):
                 method.slow.line.copy_(line)
     return line.detach()
+
+
+def guided_mean_is_w_m(cls, make=made, w=3.0, **options):
+    """Sheet 2: N(M, S^2) against N(0, S^2) under guidance w teaches the mean w M, up to the gain at the end.
+
+    On EDM that factor is 1 to 1 %.
+    """
+    path, (z, _) = make_path("edm"), fourfold(1)
+    grid = tensor(0.0, *reversed(path.grid(50)))
+    method = make(cls, path, Levels(path, grid), scale=w, teacher=Classes(path, M), distance="l2", **options)
+    line = solved(method, path, grid, x0=M + S * z)
+    gain = gains(path, grid)[-1]
+    close(line[-1, 0], gain)
+    close(line[-1, 1], w * M * (1 - gain))
+    assert abs(line[-1, 1].item() / (w * M) - 1) < 0.01
 
 
 def kappa(path, t, s, std=S):

@@ -118,9 +118,9 @@ def losses(method, batch, step=0):
     return turn.terms
 
 
-def build(cls, path, student, teacher=None, **options):
+def build(cls, path, student, teacher=None, scale=1.0, **options):
     """The method; `teacher` only has to be there."""
-    return cls(parts(path, teacher or GaussianMixture(path, tensor([M]), S), student, None), **options)
+    return cls(parts(path, teacher or GaussianMixture(path, tensor([M]), S), student, None, scale), **options)
 
 
 def reflow_is_exact_on_a_gaussian(cls, path, **options):

@@ -19,6 +19,7 @@ from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
 from truth.checks import F64, Given, close, hand_ab, labels, make_path, tensor
 from truth.pair_checks import PATHS, M, S, end_of
+from truth.segment_checks import Classes
 from truth.test_mutants import broken
 
 SOURCE = "onestroke.methods.flow.boot"
@@ -50,14 +51,14 @@ class Drawn(Given):
         return lo + (hi - lo) * torch.full((self.size,), self.u, dtype=F64)
 
 
-def build(cls, path, student, teacher, **options):
+def build(cls, path, student, teacher, scale=1.0, **options):
     """The method on a student that reads the second time by itself."""
     with mock.patch.dict(cls.__init__.__globals__, TwoTimes=lambda net, *_: net):
-        return checks.build(cls, path, student, teacher, **options)
+        return checks.build(cls, path, student, teacher, scale, **options)
 
 
-def play(method, z, u):
-    return checks.losses(method, Batch(z, labels(len(z)), Drawn(z, u)))
+def play(method, z, u, label=-1):
+    return checks.losses(method, Batch(z, labels(len(z), label), Drawn(z, u)))
 
 
 def ddim(name, teacher, y, eps, t, s):
@@ -101,40 +102,48 @@ def test_the_loss_is_the_ddim_step(name, u):
 
 
 class Way(nn.Module):
-    """y_s = (sqrt(V_s / V_T) (x_T - a_T M) - b_s eps) / a_s + M of a Gaussian, V = a^2 S^2 + b^2: the exact way."""
+    """y_s = (sqrt(V_s / V_T) (x_T - a_T m) - b_s eps) / a_s + m of N(m, S^2), V = a^2 S^2 + b^2: the exact way."""
 
-    def __init__(self, path, teacher):
+    def __init__(self, path, mean):
         super().__init__()
-        self.path, self.teacher = path, teacher
+        self.path, self.mean, self.teacher = path, mean, GaussianMixture(path, tensor([mean]), S)
 
     def forward(self, x, t, cond):
         first = self.teacher(x, t, cond)
         (a, b), (c, d) = ((like(v, x) for v in self.path.ab(w)) for w in (t, cond["s"]))
-        moved = ((c**2 * S**2 + d**2) / (a**2 * S**2 + b**2)).sqrt() * (x - a * M)
-        y = M + (moved - d * first.eps) / c if (c > 0).all() else first.x0
+        moved = ((c**2 * S**2 + d**2) / (a**2 * S**2 + b**2)).sqrt() * (x - a * self.mean)
+        y = self.mean + (moved - d * first.eps) / c if (c > 0).all() else first.x0
         return Estimate(y, first.eps)
 
 
-def exact_way_is_a_fixed_point(cls, name, delta=1e-3):
+def exact_way_is_a_fixed_point(cls, name, delta=1e-3, w=1.0):
     """Of the exact way the bootstrap is wrong by the O(delta^2) of a DDIM step: with delta it vanishes as delta^2
-    once it is divided by delta^2; the boundary holds; and y_0 is the teacher's map of the noise."""
+    once it is divided by delta^2; the boundary holds; and y_0 is the teacher's map of the noise.
+
+    Guided by w, of N(M, S^2) against N(0, S^2), the way is that of N(w M, S^2).
+    """
     path, z = make_path(name), checks.noise()
-    teacher = GaussianMixture(path, tensor([M]), S)
-    way = Way(path, teacher)
+    way = Way(path, w * M)
     for u in (0.1, 0.5, 0.9):
-        coarse, fine = (play(build(cls, path, way, teacher, delta=d), z, u) for d in (2 * delta, delta))
+        methods = (build(cls, path, way, Classes(path, M), w, delta=d) for d in (2 * delta, delta))
+        coarse, fine = (play(method, z, u, label=0) for method in methods)
         assert fine["boundary"] < 1e-20
         assert 3.5 < coarse["bootstrap"] / fine["bootstrap"] < 4.5
     a, b, norm = end_of(path)
     end = way(norm * z, tensor(path.t_max).expand(8), {"s": torch.zeros(8, dtype=F64), **labels(8)}).x0
     c, d = (v.item() for v in path.ab(tensor(0.0)))
-    want = M + S * (norm * z - a * M) / (a**2 * S**2 + b**2) ** 0.5
+    want = w * M + S * (norm * z - a * w * M) / (a**2 * S**2 + b**2) ** 0.5
     close(end, want, 0, 3 * d / c + 1e-9)
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "flow", "trig", "trig half"])
 def test_the_exact_way_is_a_fixed_point(name):
     exact_way_is_a_fixed_point(Boot, name)
+
+
+@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
+def test_a_guided_student_has_the_guided_mean(name):
+    exact_way_is_a_fixed_point(Boot, name, w=3.0)
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "flow", "table0"])
@@ -187,6 +196,10 @@ def fixed(module):
     exact_way_is_a_fixed_point(module.Boot, "vp")
 
 
+def guided(module):
+    exact_way_is_a_fixed_point(module.Boot, "vp", w=3.0)
+
+
 MUTANTS = [
     ("a * d / (c * b)", "c * b / (a * d)", loss),
     ("(y - x0)\n", "(x0 - y)\n", fixed),
@@ -196,6 +209,9 @@ MUTANTS = [
     ("with torch.no_grad():", "if True:", loss),
     ("self.signal(noise, end, cond) - first.x0", "self.signal(noise, s, cond) - first.x0", loss),
     ('{**cond, "s": s}', '{**cond, "s": 0 * s}', loss),
+    ("self.guide(self.teacher)", "self.teacher", guided),
+    ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided),
+    ("x0 = teacher(path.mix(", "x0 = self.teacher(path.mix(", guided),
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from onestroke.draws import Draws
 from onestroke.method import Batch
 from onestroke.methods.consistency.ict import ICT
 from onestroke.paths import EDM
@@ -76,6 +78,27 @@ def test_the_published_schedule():
     doubling(ICT)
 
 
+def likely(cls):
+    """Of the first round's ten pairs, each is as frequent as N(-1.1, 2^2) has log sigma in between: 5 deviations."""
+    path, count, seen = EDM(), 100_000, []
+    method = made(cls, path, Line(path, 1.0, 0.0))
+    method.student.forward = lambda x, t, cond: seen.append(t) or Line.forward(method.student, x, t, cond)
+    e = torch.zeros(count, 4, dtype=F64)
+    list(method.step(Batch(e, labels(count), Draws(0, 0, count), e), 0))
+    lo, hi = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    sigma = [(lo + i / 10 * (hi - lo)) ** 7 for i in range(11)]
+    below = [math.erf((math.log(v) + 1.1) / (2 * math.sqrt(2))) for v in sigma]
+    noisier = path.ab(seen[1])[1]
+    for i in range(10):
+        p = (below[i + 1] - below[i]) / (below[-1] - below[0])
+        found = (noisier - sigma[i + 1]).abs().lt(1e-6 * sigma[i + 1]).double().mean()
+        assert abs(found - p) < 5 * math.sqrt(p * (1 - p) / count)
+
+
+def test_its_pairs_are_as_likely_as_published():
+    likely(ICT)
+
+
 @pytest.mark.parametrize(("count", "ratio"), [(11, None), (1281, 0.99778)])
 def test_the_gains_of_the_first_and_the_last_stage(count, ratio):
     """Sheet 2, of the wide quadratic bottom of the distance; the optimum of any c is the same, residuals being
@@ -124,6 +147,9 @@ MUTANTS = [
     ("last // first) + 1)", "last // first))", doubling),
     ("first: int = 10", "first: int = 5", doubling),
     ("last: int = 1280", "last: int = 640", doubling),
+    ("normal_neighbours(batch.draw, path, grid, self.mean, self.std)", "neighbours(batch.draw, grid)", likely),
+    ("mean: float = -1.1", "mean: float = 0.8", likely),
+    ("std: float = 2.0", "std: float = 0.5", likely),
 ]
 
 

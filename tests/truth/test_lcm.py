@@ -11,27 +11,13 @@ from contract.build import batch, build, settings_of, trained
 from onestroke.denoiser import TwoTimes
 from onestroke.method import Batch
 from onestroke.methods.consistency.lcm import LCM
-from onestroke.paths import EDM
 from truth import consistency_checks as checks
-from truth.checks import F64, close, fourfold, labels, make_path, tensor
-from truth.consistency_checks import FAMILY, Levels, S
-from truth.score_checks import gauss
+from truth.checks import F64, close, labels, make_path, tensor
+from truth.consistency_checks import FAMILY, Levels, M, S
+from truth.segment_checks import Classes
 from truth.test_mutants import broken
 
-M, W = 0.4, 3.0
-
-
-class TwoMeans(torch.nn.Module):
-    """Class 0 is N(M, S^2) and the null condition N(0, S^2): guided by w it is exactly N(w M, S^2)."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.one, self.null = gauss(path, M, S), gauss(path, 0.0, S)
-
-    def forward(self, x, t, cond):
-        one, null = (net(x, t, {"label": 0 * cond["label"]}) for net in (self.one, self.null))
-        rows = (cond["label"] >= 0)[:, None]
-        return one._replace(x0=torch.where(rows, one.x0, null.x0), eps=torch.where(rows, one.eps, null.eps))
+W = 3.0
 
 
 def by_hand(cls, name="vp"):
@@ -60,19 +46,7 @@ def test_the_gain_is_that_of_50_steps(name):
 
 
 def guided_mean(cls):
-    """Sheet 2: equal variances, guidance w = 1 + w_hat: the student's law has the mean w M, up to the gain at the end.
-
-    On EDM that factor is 1 to 1 %.
-    """
-    path, (z, _) = EDM(), fourfold(1)
-    grid = tensor(0.0, *reversed(path.grid(50)))
-    method = checks.made(cls, path, Levels(path, grid), scale=W, teacher=TwoMeans(path), embed=False, spread=0.0,
-                         distance="l2")  # fmt: skip
-    line = checks.solved(method, path, grid, x0=M + S * z)
-    gain = checks.gains(path, grid)[-1]
-    close(line[-1, 0], gain)
-    close(line[-1, 1], W * M * (1 - gain))
-    assert line[-1, 1].item() == pytest.approx(W * M, rel=0.01)
+    checks.guided_mean_is_w_m(cls, w=W, embed=False, spread=0.0)
 
 
 def test_a_guided_student_has_the_guided_mean():
@@ -93,7 +67,7 @@ class Told(torch.nn.Module):
 def told(cls):
     """Of side = 2 u - 1 the teacher's guidance is 1 + (W - 1) (1 + side / 2); student and average are told the side."""
     path, t, s = make_path("vp"), 0.7, 0.6
-    method = checks.made(cls, path, Told(path), scale=W, teacher=TwoMeans(path), embed=False, distance="l2")
+    method = checks.made(cls, path, Told(path), scale=W, teacher=Classes(path, M), embed=False, distance="l2")
     method.embed = True
     method.slow.gain.data.fill_(0.4)
     u = tensor(0.0, 0.2, 0.5, 0.9)

@@ -117,7 +117,7 @@ def loss_by_hand(cls, velocity="teacher", power=1.0, **options):
     own = (0.5 + 0.1 * t) * x
     improved = issubclass(cls, IMF) or cls.__name__ == "IMF"
     du = 0.3 * x + p * (own if improved else v)
-    c = options.get("c", 0.01 if improved else 1e-3)
+    c = options.get("c", 0.01)
     want = 0
     for error in [p * x + (t - s) * du - v, own - v][: 2 if improved else 1]:
         want = want + 2 * error / (error.square().sum(1, keepdim=True) + c) ** power / 4
@@ -185,7 +185,7 @@ MUTANTS = [
     ("meanflow", "x, t, v, torch.ones_like(t)", "x, t, v, 0 * t", by_hand),
     ("meanflow", "square.detach() + self.c", "square + self.c", by_hand),
     ("meanflow", "square().flatten(1).sum(1)", "square().flatten(1).mean(1)", by_hand),
-    ("meanflow", "c: float = 1e-3", "c: float = 1e-2", by_hand),
+    ("meanflow", "c: float = 0.01", "c: float = 0.001", by_hand),
     ("meanflow", "v = batch.noise - batch.x0", "v = batch.x0 - batch.noise", by_hand),
     ("meanflow", "self.guide(self.teacher)", "self.teacher", guided),
     ("meanflow", "mean: float = -0.4", "mean: float = 0.0", drawn),

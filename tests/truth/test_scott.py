@@ -76,9 +76,9 @@ def test_without_noise_it_is_latent_consistency(name):
     close(found[0][1], found[1][1], 1e-12)
 
 
-def seen(cls, path, student, **options):
-    """The method with a teacher N(M, S^2) whose layer is typed by hand, and the linear head in place of its own."""
-    teacher = adversarial_checks.Seen(checks.gauss(path, M, S))
+def seen(cls, path, student, teacher=None, **options):
+    """The method with a teacher, N(M, S^2), whose layer is typed by hand, and the linear head in place of its own."""
+    teacher = adversarial_checks.Seen(teacher or checks.gauss(path, M, S))
     method = checks.made(cls, path, student, teacher=teacher, **options)
     method.heads = adversarial_checks.Linear()
     return method
@@ -154,6 +154,14 @@ def test_the_heads_descend_the_hinge():
     heads_turn(SCott)
 
 
+def guided_mean(cls):
+    checks.guided_mean_is_w_m(cls, seen, gan_weight=0.0, **ALONE)
+
+
+def test_a_guided_student_has_the_guided_mean():
+    guided_mean(SCott)
+
+
 def weighted(cls):
     """The share of the discriminator is 0.1 of it."""
     path, found = VP(), []
@@ -191,6 +199,9 @@ MUTANTS = [
      "self.judge(x.detach(), cond, draw), self.judge(real, cond, draw)", heads_turn),
     ('loss: str = "hinge"', 'loss: str = "softplus"', heads_turn),
     ("gan_weight: float = 0.1", "gan_weight: float = 0.2", weighted),
+    ("self.guide(self.teacher)", "self.teacher", guided_mean),
+    ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided_mean),
+    ("self.guide(self.teacher)", "self.guide(self.teacher, 2.0)", guided_mean),
 ]  # fmt: skip
 
 

@@ -103,6 +103,15 @@ def test_at_the_noisy_end_it_is_latent_consistency(name):
     assert found[0] == found[1]
 
 
+def guided_mean(cls):
+    """At g = 1, where a student of a grid of times can say everything."""
+    checks.guided_mean_is_w_m(cls)
+
+
+def test_a_guided_student_has_the_guided_mean():
+    guided_mean(SLAM)
+
+
 @pytest.mark.parametrize("name", checks.NAMES)
 def test_the_exact_function_is_a_fixed_point(name):
     """At both ends of an exact step to rounding; between, up to the bend of the trajectory: the third power of a half
@@ -133,6 +142,9 @@ MUTANTS = [
     ("self.slow, self.path, lower, s,", "self.student, self.path, lower, s,", by_hand),
     ("self.student(x, now,", "self.student(x, t,", by_hand),
     ("keep: float = 0.95", "keep: float = 0.9", by_hand),
+    ("self.guide(self.teacher)", "self.teacher", guided_mean),
+    ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided_mean),
+    ("self.guide(self.teacher)", "self.guide(self.teacher, 2.0)", guided_mean),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from unittest import mock
@@ -15,7 +16,7 @@ from onestroke.errors import InputError
 from onestroke.paths import EDM, VP, Flow, Path
 from onestroke.solvers import SOLVERS, levels, solve, trajectory
 from onestroke.teachers.gaussian import GaussianMixture
-from truth.checks import F64, close, labels, make_path, tensor
+from truth.checks import F64, close, hand_ab, labels, make_path, tensor
 from truth.test_mutants import broken
 
 M, S = 0.3, 0.5
@@ -120,6 +121,27 @@ def test_first_order_solvers_are_one():
             close(got, want, 0, 1e-6)  # diffusers rounds Euler's states to float32
 
 
+def ddim_is_flow_euler(module):
+    """Sheet 7, test iv: our step is (a' / a) x - b' (e^h - 1) eps, h = log(a' b / (a b')), and on the straight path
+    that is x + (s - t) (eps - x0): two formulas typed here, along eight steps in float64, to 1e-12."""
+    for name in ("flow", "vp", "table"):
+        path, x = make_path(name), torch.randn(6, 1, generator=torch.Generator().manual_seed(3), dtype=F64)
+        stops = [round(v * 999) / 999 for v in torch.linspace(0.98, 0.02, 9).tolist()]
+        for t, s in itertools.pairwise(stops):
+            (a, b), (c, d) = hand_ab(name, t), hand_ab(name, s)
+            eps = b * (x - a * M) / (a**2 * S**2 + b**2)
+            x0 = (x - b * eps) / a
+            ddim, straight = c / a * x - d * (c * b / (a * d) - 1) * eps, x + (s - t) * (eps - x0)
+            x = module.euler(gauss(path), path, x, tensor(t).expand(6), tensor(s).expand(6), labels(6))
+            close(x, ddim, 1e-12, 1e-12)
+            if name == "flow":
+                close(x, straight, 1e-12, 1e-12)
+
+
+def test_our_step_is_ddim_and_flow_euler():
+    ddim_is_flow_euler(solvers)
+
+
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "tab" not in n])
 def test_a_solver_sees_noise_levels_alone(name):
     """The same network read on another path, at times of the same noise levels, ends at the same x0."""
@@ -217,6 +239,8 @@ MUTANTS = [
     ("1 / (1 + rho.flip(0).square())", "1 / (1 + rho.square())", plms),
     ("calls = [(k + 1) // 2", "calls = [k // 2", heun),
     ('"vp": torch.hypot(a, b)', '"vp": a', vp),
+    ("return path.mix(est.x0, est.eps, s)", "return path.mix(est.x0, est.eps, t)", ddim_is_flow_euler),
+    ("return path.mix(est.x0, est.eps, s)", "return path.mix(x, est.eps, s)", ddim_is_flow_euler),
     ('"flow": a + b', '"flow": b', flow),
     ("rho / (1 + rho) if", "rho if", flow),
 ]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from onestroke.denoiser import checkpointed
+from onestroke.denoiser import Denoiser, checkpointed
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
@@ -93,6 +93,21 @@ def shell(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {**{id(p): p for p in module.parameters() if not p.requires_grad}, **empty})
 
 
+def set_modes(method: Method) -> None:
+    """Train mode for the players, eval mode for all else and for every network, the players' own included.
+
+    What a network does in train mode alone is noise: dropout, and labels that are dropped. A teacher has none of it,
+    and the passes of a student that must share their noise (CT, ECT: identical dropout in both) share all of it. What
+    players have around their network, as a discriminator with spectral norm, learns as it does anywhere.
+    """
+    method.eval()
+    for player in method.players:
+        getattr(method, player).train()
+    for module in method.modules():
+        if isinstance(module, Denoiser):
+            module.eval()
+
+
 class Average:
     """The exponential moving average of a module's trained parameters; warms up as (1 + k) / (10 + k)."""
 
@@ -118,7 +133,8 @@ class Average:
 class Trainer:
     """Plays a method. Construct it, then `run`; with `folder`, checkpoints are written there and can be resumed.
 
-    One `prepare` per player (accelerate takes one model per call under FSDP2); the frozen teacher is only moved.
+    One `prepare` per player (accelerate takes one model per call under FSDP2); the frozen teacher is only moved. All
+    networks are in eval mode, so that there is no dropout in a run (see `set_modes`).
     """
 
     def home(self, device: torch.device) -> Callable[[Tensor], Tensor] | None:
@@ -148,7 +164,7 @@ class Trainer:
             method.to(self.device)
         elif self.accelerator.num_processes > 1:
             raise InputError("offload=true is for one process; use shard=true for several.")
-        method.train()
+        set_modes(method)
         self.optimisers: dict[str, Any] = {}
         self.shell = shell(getattr(method, method.players[0])) if settings.shard else None
         for player in method.players:

@@ -21,7 +21,7 @@ class ECT(Method):
     parts, and then a resumed run must keep its number of rounds. k, b: of n, published 8 and 1; k = 0 leaves 1. c: of
     the pseudo-Huber norm, published 0. mean, std: of log t, published -1.1 and 2.
     Ours: any path, whose b / a is the level; an r below the path's least level is 0. Published settings (CIFAR-10):
-    batch 128, RAdam 1e-4, no clipping, average of 0.9993, dropout 0.2.
+    batch 128, RAdam 1e-4, no clipping, average of 0.9993, dropout 0.2 (ours: none).
     """
 
     players = ("student",)

@@ -23,7 +23,7 @@ class ICT(Method):
     2. stage_steps: rounds until the intervals double; 0 (published): the run in equal parts, and then a resumed run
     must keep its number of rounds.
     Ours: it starts from the teacher's weights; noise beyond the ramp counts as its end, 80, in the weight. Published
-    settings (CIFAR-10): batch 1024, RAdam 1e-4, no clipping, average of 0.99993, dropout 0.3.
+    settings (CIFAR-10): batch 1024, RAdam 1e-4, no clipping, average of 0.99993, dropout 0.3 (ours: none).
     """
 
     players = ("student",)

@@ -35,8 +35,9 @@ class SCott(Method):
     0.1: from a noise level r on, the mean has the deviation of a Gaussian N(m, s^2) shrink by about (s / r)^(eta^2), to
     0.94 at r = 80 and s = 0.1. gan_weight: of the discriminator, ours 0.1. loss: of the GAN, published hinge; softplus
     is the other. keep: of the average per round, published 0.95. distance: huber (per element, c = 0.001), l2 or l1.
-    Ours: the numbers above, of which the paper's are not at hand; the discriminator is a head on each tapped layer of
-    the frozen teacher, at a noised x0, where the published one is a copy of the UNet with adapters.
+    Ours: the numbers above, of which the paper's are not at hand; eta is the same in all steps, where the published
+    noise is reduced in later ones; the discriminator is a head on each tapped layer of the frozen teacher, at a noised
+    x0, where the published one is a copy of the UNet with adapters.
     """
 
     players = ("student", "heads")

@@ -18,7 +18,7 @@ class DiffInstruct(Method):
     mean, std: of the log sigma of both turns, published -1.2 and 1.2. sigma_data: of the fake's weight, published 0.5.
     Ours: a guidance_scale other than 1 guides the teacher (published without); both turns see one batch of prompts; the
     student plays first; noise levels end where the path does; the first input is the run's, not sigma = 1; no
-    augmentation of the fake, and no random numbers of dropout shared between teacher and fake.
+    augmentation of the fake, and no dropout, whose random numbers teacher and fake share as published.
     Published settings (CIFAR-10): Adam 1e-5 with betas 0 and 0.999, no clipping.
     """
 
