@@ -14,7 +14,7 @@ from onestroke.denoiser import plain
 from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.flow.boot import Boot
-from onestroke.paths import Estimate, like
+from onestroke.paths import Estimate, Flow, like
 from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
 from truth.checks import F64, Given, close, hand_ab, labels, make_path, tensor
@@ -68,9 +68,12 @@ def ddim(name, teacher, y, eps, t, s):
     return (c * est.x0 + d * est.eps - d * eps) / c
 
 
-def loss_is_the_ddim_step(cls, name, u=0.37, delta=0.05, beta=0.7):
-    """Both terms, their gradient by the student at s and at the noise end alone, and where the student looks."""
-    path, z = make_path(name), checks.noise()
+def loss_is_the_ddim_step(cls, name, u=0.37, delta=0.05, beta=0.7, path=None):
+    """Both terms, their gradient by the student at s and at the noise end alone, and where the student looks.
+
+    path: the one called `name` where it ends early.
+    """
+    path, z = path or make_path(name), checks.noise()
     teacher, student = checks.two_modes(path), Said(path)
     s, top, norm = u * path.t_max, path.t_max, end_of(path)[2]
     t = path.snap(tensor(min(s + delta, top))).item()
@@ -99,6 +102,14 @@ def loss_is_the_ddim_step(cls, name, u=0.37, delta=0.05, beta=0.7):
 @pytest.mark.parametrize("u", [0.02, 0.37, 0.98])
 def test_the_loss_is_the_ddim_step(name, u):
     loss_is_the_ddim_step(Boot, name, u)
+
+
+def early(cls):
+    loss_is_the_ddim_step(cls, "flow", path=Flow(t_max=0.9))
+
+
+def test_its_way_begins_where_the_path_ends():
+    early(Boot)
 
 
 class Way(nn.Module):
@@ -192,6 +203,10 @@ def loss(module):
     loss_is_the_ddim_step(module.Boot, "vp", 0.98)
 
 
+def begun(module):
+    early(module.Boot)
+
+
 def fixed(module):
     exact_way_is_a_fixed_point(module.Boot, "vp")
 
@@ -209,6 +224,7 @@ MUTANTS = [
     ("with torch.no_grad():", "if True:", loss),
     ("self.signal(noise, end, cond) - first.x0", "self.signal(noise, s, cond) - first.x0", loss),
     ('{**cond, "s": s}', '{**cond, "s": 0 * s}', loss),
+    ("uniform(0, self.few.times[0])", "uniform(0, 1)", begun),
     ("self.guide(self.teacher)", "self.teacher", guided),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided),
     ("x0 = teacher(path.mix(", "x0 = self.teacher(path.mix(", guided),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from onestroke import times
 from onestroke.draws import Draws
 from onestroke.method import Pairs
+from onestroke.methods.flow import rectified_flow
 from onestroke.methods.flow.rectified_flow import RectifiedFlow
 from onestroke.sampling import FewStep
 from onestroke.solvers import solve
@@ -74,6 +77,24 @@ def test_straight_times_have_their_law(name, lo, hi, ends):
     assert (cdf - (torch.arange(n, dtype=F64) + 0.5) / n).abs().max() < 1.95 / n**0.5
 
 
+def draws_its_times(module, count=20_000):
+    """With v = 2 u - 1, E[v^2] is 1/3 of the uniform law and 1 + 2 / e^2 - 2 coth(e) / e of cosh(e v); u from 0.001."""
+    path, z = make_path("flow"), checks.noise(20_000)
+    for ends, want in ((0.0, 1 / 3), (4.0, 1 + 1 / 8 - 1 / 2 / math.tanh(4))):
+        student = checks.Shifted(path, 0.0)
+        student.x0 = z
+        method = checks.build(module.RectifiedFlow, path, student, **({"ends": ends} if ends else {}))
+        checks.losses(method, checks.batch(z, draw=Draws(0, 0, count)))
+        u = student.seen[1]
+        assert ((2 * u - 1).square().mean() - want).abs() < 0.003 + 5 * 0.35 / count**0.5
+        assert 0.001 <= u.min() < 0.003
+        assert u.max() > 0.998
+
+
+def test_it_draws_the_times_it_is_told_to():
+    draws_its_times(rectified_flow)
+
+
 def loss(module):
     checks.loss_is_the_velocity_error(module.RectifiedFlow, make_path("vp"), "vp")
 
@@ -98,6 +119,10 @@ MUTANTS = [
     (SOURCE, "self.few.eps(noise, x0)", "noise", exact),
     (SOURCE, "noise, x0 = batch.pairs", "noise, x0 = batch.noise.flip(0), batch.pairs.x0", exact),
     (SOURCE, "x0, eps, batch.cond", "eps, x0, batch.cond", loss),
+    (SOURCE, "self.hi, self.ends)", "self.hi)", draws_its_times),
+    (SOURCE, "ends: float = 0.0", "ends: float = 2.0", draws_its_times),
+    (SOURCE, "lo: float = 0.001", "lo: float = 0.1", draws_its_times),
+    (SOURCE, "hi: float = 1.0", "hi: float = 0.9", draws_its_times),
     ("onestroke.terms", "est.eps - est.x0 - eps + x0", "est.eps - eps", on_terms),
     ("onestroke.terms", "est.eps - est.x0 - eps + x0", "est.eps - est.x0 + eps - x0", on_terms),
     ("onestroke.sampling", "(self.input(noise) - like(a, x0) * x0)", "self.input(noise)", on_sampling),

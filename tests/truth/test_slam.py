@@ -112,6 +112,22 @@ def test_a_guided_student_has_the_guided_mean():
     guided_mean(SLAM)
 
 
+def without_signal(cls):
+    """From the noise end of a path that has no signal there, or rounding alone, g is 1, whatever is drawn."""
+    for name in ("flow", "trig", "table0"):
+        path, (x0, e), found = make_path(name), samples(6), []
+        for g in (0.3, 1.0):
+            method = checks.made(cls, path, Line(path, 0.7, 0.2))
+            with checks.pair(path.t_max, path.snap(tensor(U)).item()):
+                (turn,) = method.step(Batch(e, labels(6), Drawn(tensor(g).expand(6), e), x0), 0)
+            found.append(turn.terms["consistency"])
+        assert found[0] == found[1]
+
+
+def test_where_there_is_no_signal_it_starts_at_the_noisy_end():
+    without_signal(SLAM)
+
+
 @pytest.mark.parametrize("name", checks.NAMES)
 def test_the_exact_function_is_a_fixed_point(name):
     """At both ends of an exact step to rounding; between, up to the bend of the trajectory: the third power of a half
@@ -142,6 +158,7 @@ MUTANTS = [
     ("self.slow, self.path, lower, s,", "self.student, self.path, lower, s,", by_hand),
     ("self.student(x, now,", "self.student(x, t,", by_hand),
     ("keep: float = 0.95", "keep: float = 0.9", by_hand),
+    ("-self.path.log_snr(t) <= math.log(NOISIEST)", "self.path.ab(t)[0] > 0", without_signal),
     ("self.guide(self.teacher)", "self.teacher", guided_mean),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided_mean),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 2.0)", guided_mean),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from onestroke import terms, times
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import like
-from onestroke.solvers import euler
+from onestroke.solvers import NOISIEST, euler
 
 
 class SLAM(Method):
@@ -23,8 +25,8 @@ class SLAM(Method):
     Ours: the published student is asked for eps at t, is told g, and its x0 is x_g / a_t - rho_g eps with rho_g^2 =
     rho_s^2 + g^2 (rho_t^2 - rho_s^2), the level where the noises of the step are independent: the same at both ends.
     Asked at the time of its level it is exact from the start, whatever it predicts, and needs no g; at the time of the
-    published one it would learn a wrong speed. Where a path has no signal, g is 1. Published settings (SD 1.5): AdamW
-    8e-6.
+    published one it would learn a wrong speed. Where b / a is beyond 4096, as where a path has no signal, g is 1.
+    Published settings (SD 1.5): AdamW 8e-6.
     """
 
     players = ("student",)
@@ -53,7 +55,7 @@ class SLAM(Method):
         assert batch.x0 is not None
         cond = batch.cond
         t, s = times.neighbours(batch.draw, self.grid)
-        g = torch.where(self.path.ab(t)[0] > 0, batch.draw.uniform(), 1.0)
+        g = torch.where(-self.path.log_snr(t) <= math.log(NOISIEST), batch.draw.uniform(), 1.0)
         x = self.path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             lower = euler(self.guide(self.teacher), self.path, x, t, s, cond)
