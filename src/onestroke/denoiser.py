@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from onestroke.errors import InputError
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Denoiser(nn.Module, ABC):
@@ -52,6 +54,20 @@ class Denoiser(nn.Module, ABC):
     def estimate(self, x: Tensor, out: Tensor, t: Tensor) -> Estimate:
         """What the raw output (B, *D) says of x (B, *D) at t (B,)."""
         return self.path.split(x, out, t, self.prediction)
+
+    def fewer(self, layers: float) -> Denoiser:
+        """A copy that keeps this part of the layers, in (0, 1). Raises InputError where none can be left out."""
+        raise InputError(f"a {type(self).__name__} has no layers to leave out; leave layers={layers} out.")
+
+
+def kept_of(count: int, part: float) -> int:
+    """How many of `count` layers a part in (0, 1] of them is: rounded, and one at least where there is any."""
+    return min(count, max(1, round(part * count)))
+
+
+def spaced(kept: int, count: int) -> list[int]:
+    """Which of `count` layers are kept: evenly spaced, from the first to the last; of one, the first."""
+    return [i * (count - 1) // max(kept - 1, 1) for i in range(kept)]
 
 
 def tap(net: nn.Module) -> nn.Module:
@@ -359,7 +375,7 @@ def clone_live(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(t): t for t in still})
 
 
-def clone_sharing(net: nn.Module) -> nn.Module:
+def clone_sharing(net: Network) -> Network:
     """A copy of the modules over the *same* parameters and buffers: one set of weights in memory.
 
     Adapters added to the clone leave the original as it was. (Switching one module's adapters instead loses

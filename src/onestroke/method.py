@@ -76,7 +76,10 @@ Game = Generator[Turn | Mean, Tensor | None, None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a method is built from. `teacher` is frozen; `student` and each `copy(role)` start at its weights."""
+    """What a method is built from. `teacher` is frozen; `student` and each `copy(role)` start at its weights.
+
+    A run may ask for a student with fewer layers (`Settings.layers`); copies have all of them.
+    """
 
     teacher: Denoiser
     student: Denoiser
@@ -123,8 +126,8 @@ class Parts:
 
     @property
     def bottleneck(self) -> int:
-        """Which of the tapped features is the narrowest layer's."""
-        return self.student.bottleneck
+        """Which of the tapped features of the teacher and its copies is the narrowest layer's."""
+        return self.teacher.bottleneck
 
     @property
     def _kind(self) -> torch.dtype:

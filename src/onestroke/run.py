@@ -123,6 +123,11 @@ def plan_run(
             "a negative-prompt branch goes without gradient_checkpointing; leave it out, or set branch=false, which is "
             "the same for a network without cross-attention."
         )
+    if "branch" in needs and settings.layers < 1:
+        raise InputError(
+            f"a negative-prompt branch stands beside all layers of the teacher; leave layers={settings.layers} out, or "
+            "set branch=false."
+        )
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
     if pairs and "pairs" not in needs:
@@ -177,7 +182,9 @@ def check_init(run: Settings) -> None:
     from onestroke.students.student import read_card
     from onestroke.teachers.branch import BRANCH
 
-    read_card(Path(run.init))
+    card = read_card(Path(run.init))
+    if (layers := card.get("layers", 1.0)) != run.layers:
+        raise InputError(f"{run.init} has layers={layers} of its teacher's; set that, not layers={run.layers}.")
     if run.of("lora_rank", "student", 0):
         raise InputError("a student with LoRA begins at its teacher; leave init or lora_rank.student out.")
     if run.students > 1:
@@ -298,6 +305,10 @@ def distill(
             check_steerable(hollow_network(source))
     path, prediction = (teacher.path, teacher.net.prediction) if hasattr(teacher, "net") else schedule_in(source)
     rehearse(method, run, chosen, path, prediction)
+    if run.layers < 1 and source is not teacher:
+        from onestroke.teachers.depth import with_fewer_layers
+
+        with_fewer_layers(hollow_network(source), run.layers)
     if "reward" in needs:
         check_reward(reward or run.reward, source)
     if run.students > 1 or owners is not None:
@@ -351,6 +362,7 @@ def distill(
     student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
+        card |= {"layers": run.layers} if run.layers < 1 else {}
         save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
         check_pipeline(out, open_plain(out), teacher, student, few, "diffusers")
         write_card(out)

@@ -35,6 +35,12 @@ class Settings:
     """Classifier-free guidance of the teacher while distilling; 1 is none."""
     init: str = ""
     """The folder of a student of the same teacher to go on from; empty: the student begins as the teacher."""
+    layers: float = 1.0
+    """The part of the teacher's layers that the student keeps, in (0, 1]: below 1 it has fewer blocks, or of a UNet
+    fewer residual and transformer layers in each; evenly spaced, and one of each kind at least. Their weights are the
+    teacher's, but together they draw nothing at first: meant for slimflow, whose annealed reflow begins as plain flow
+    matching. Any other method takes it; least fit are those whose student must draw from the first round on. Not with
+    LoRA of the student."""
     students: int = 1
     """Students on as many clusters of the prompts, each a run of its own, and a router between them; a folder of prompt
     files gives every file a student."""
@@ -94,7 +100,13 @@ class Settings:
             raise InputError(f"settings height={self.height}, width={self.width} go together: pixels, or 0 each.")
         if not 0 <= self.ema < 1:
             raise InputError(f"setting ema={self.ema} must lie in [0, 1).")
-
+        if not 0 < self.layers <= 1:
+            raise InputError(f"setting layers={self.layers} must lie in (0, 1].")
+        if self.layers < 1 and self.of("lora_rank", "student", 0):
+            raise InputError(
+                f"a student with LoRA has all layers of its teacher; leave layers={self.layers} out, or set "
+                "lora_rank.student=0."
+            )
         if self.shard and (self.offload or self.optimizer == "adamw8bit"):
             other = "offload=true" if self.offload else "optimizer=adamw8bit"
             raise InputError(f"settings shard=true and {other} do not go together; leave one out.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestroke import terms, times
-from onestroke.denoiser import Halves
+from onestroke.denoiser import Halves, clone_sharing, kept_of, spaced
 from onestroke.draws import Draws
 from onestroke.errors import InputError, unknown
 from onestroke.method import Batch, Method, Pairs, Parts, Reward, Turn
@@ -79,6 +79,11 @@ class Net(Halves):
             return like(b * self.sigma_data / torch.hypot(a * self.sigma_data, b), x) * out, (h,)
         p, q = self.path.basis(t, self.prediction)
         return out * like((self.sigma_data**2 * p**2 + q**2).sqrt(), x), (h,)
+
+    def fewer(self, layers: float) -> Net:
+        small, count = clone_sharing(self), len(self.body)
+        small.body = nn.ModuleList(self.body[i] for i in spaced(kept_of(count, layers), count))
+        return copy.deepcopy(small)
 
     def estimate(self, x, out, t):
         if self.prediction == "x0":
@@ -241,7 +246,7 @@ def converge(
         few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
         parts = Parts(
             copy.deepcopy(net) if "features" in needs else teacher,
-            copy.deepcopy(net),
+            net.fewer(run.layers),
             lambda role: copy.deepcopy(net),
             few,
             teacher.null,

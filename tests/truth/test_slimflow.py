@@ -7,7 +7,9 @@ import torch
 
 from onestroke.errors import InputError
 from onestroke.methods.flow.slimflow import SlimFlow
+from onestroke.paths import Flow
 from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.truth import converge, ring
 from truth import pair_checks as checks
 from truth.checks import F64, Given, T, close, labels, make_path, tensor
 from truth.pair_checks import PATHS, M, S
@@ -92,6 +94,15 @@ def test_nothing_moves_when_straight(name):
 def test_the_first_step_has_two_owners():
     with pytest.raises(InputError, match="first='own' must be one of straight, student"):
         checks.build(SlimFlow, make_path("vp"), checks.Slope(make_path("vp")), first="own")
+
+
+def test_a_smaller_student_finds_the_truth():
+    """With one layer of three, which is no flow at the start: a third of the fitted net's distance is left at most."""
+    short = dict(steps=600, straighten=400, anneal=200, batch_size=256, seconds=600, lr=3e-3)
+    result = converge("slimflow", ring(Flow(), 4, std=0.3), prediction="flow", layers=0.34, **short)
+    assert result.rounds == 600
+    assert result.sliced_w2 < result.start / 3
+    assert result.worst_mode > 0.5
 
 
 def anneals(module):

@@ -49,6 +49,7 @@ from onestroke.students.student import (
     LORA_FILE,
     SeededNoise,
     Student,
+    check_whole,
     fingerprint,
     load_student,
     read_card,
@@ -375,6 +376,7 @@ def export(
         raise InputError(f"{folder} has a negative-prompt branch, which {to} cannot hold; export it to diffusers.")
     check_empty(out)
     if to == "lora":
+        check_whole(card, "a LoRA")
         find_base(card, base)
     if to == "onnx":
         onnx_runtime()

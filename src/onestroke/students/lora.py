@@ -160,16 +160,18 @@ def check_lora(
     of it, 0 none, more than 1 too much. None where the LoRA changes nothing.
 
     teacher: where it is, if not where it was. Raises InputError: before anything heavy is loaded for what is no student
-    and no LoRA, or a LoRA of another base; and for a teacher of another base.
+    and no LoRA, a LoRA of another base, or a student with fewer layers; and for a teacher of another base.
     """
     from onestroke.students.exports import base_of, find_base
-    from onestroke.students.student import SeededNoise, Student, load_student, read_card
+    from onestroke.students.student import SeededNoise, Student, check_whole, load_student, read_card
 
     file, asked = check_lora_file(lora), PROMPTS if prompts is None else read_prompts(prompts)
     if min(count, steps) < 1 or scale == 0:
         raise InputError(f"count={count} and steps={steps} must be at least 1, and scale={scale} not 0.")
+    card = student.card if isinstance(student, Student) else read_card(Path(student))
+    check_whole(card, "a LoRA")
     if not isinstance(student, Student):
-        find_base(read_card(Path(student)), teacher)
+        find_base(card, teacher)
         check_lora_base(Path(student), file)
         student = load_student(student)
     model, base = student.model, base_of(student, teacher)

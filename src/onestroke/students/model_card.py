@@ -179,6 +179,7 @@ def text_of(folder: Path) -> str:
     about = {
         "Method": f"{method} ({paper_of(method)})",
         "Teacher": name_of(teacher),
+        **weights_words(card),
         "Network calls per picture": f"1 of the encoder, {steps} of the decoder" if once else steps,
         "Learned from": data_use(method, recipe),
         "Rounds": card.get("rounds", "unknown"),
@@ -220,6 +221,14 @@ def text_of(folder: Path) -> str:
         "\n## Parity\n\n" + parity_words(parity) if parity else "",
     ]
     return "".join(parts)
+
+
+def weights_words(card: dict[str, Any]) -> dict[str, str]:
+    """How many weights the student's network has, and its teacher's where that is another number."""
+    if "weights" not in card:
+        return {}
+    student, teacher = (f"{card['weights'][who] / 1e6:.4g} million" for who in ("student", "teacher"))
+    return {"Weights": student + f"; its teacher has {teacher}" * (student != teacher)}
 
 
 def scheduler_of(folder: Path) -> str:

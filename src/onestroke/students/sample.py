@@ -10,7 +10,7 @@ from PIL import Image
 from onestroke.errors import InputError, read_json
 from onestroke.students.control import check_control, read_picture
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
-from onestroke.students.student import CARD, SeededNoise, load_student, read_card, to_pil
+from onestroke.students.student import CARD, SeededNoise, check_whole, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.pipeline import inspect_folder
 
@@ -58,7 +58,7 @@ def sample(
     every = [p for p in prompts for _ in range(count)]
     if is_student(model):
         if controlnet is not None and control_image is not None:
-            read_card(Path(model))
+            check_whole(read_card(Path(model)), "a ControlNet")
             check_control(controlnet, Path(model))
             picture = read_picture(control_image)
         student = load_student(model, lora=lora, lora_scale=lora_scale)

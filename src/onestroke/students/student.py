@@ -60,6 +60,11 @@ def fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_of(net: nn.Module) -> int:
+    """The number of a network's weights."""
+    return sum(p.numel() for p in net.parameters())
+
+
 def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path, card: dict[str, Any]) -> None:
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it.
 
@@ -74,6 +79,7 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
         save_lora(found, out / LORA)
     how: dict[str, Any] = {"encoder": few.encoder} if few.ahead else {}
     how |= {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
+    how["weights"] = {"student": weights_of(whole), "teacher": weights_of(teacher.net)}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
 
@@ -152,11 +158,13 @@ class Student:
 
     def with_controlnet(self, control: str | Path | nn.Module) -> Controlled:
         """This student under a ControlNet of its teacher: a folder, a hub id or a loaded one. Call what it returns with
-        prompts and a picture. Raises InputError for a ControlNet of another base, and for several students."""
+        prompts and a picture. Raises InputError for a ControlNet of another base, for several students, and for one
+        with fewer layers than its teacher."""
         from onestroke.students.control import Controlled
 
         if self.card.get("students", 1) > 1:
             raise InputError("a ControlNet goes with one student; load one of these, student-0 for example.")
+        check_whole(self.card, "a ControlNet")
         if self.few.ahead:
             raise InputError("a ControlNet steers the encoder in every step; this student's runs once.")
         return Controlled(self, control)
@@ -177,6 +185,12 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds {count} students and a router; give one of them, {folder / 'student-0'}.")
     inspect_folder(folder)
     return card
+
+
+def check_whole(card: dict[str, Any], what: str) -> None:
+    """Refuse a student that lacks layers of its teacher, on which `what` acts. Raises InputError."""
+    if (layers := card.get("layers", 1.0)) < 1:
+        raise InputError(f"{what} goes with all layers of its base, and this student has layers={layers} of them.")
 
 
 def load_student(
@@ -209,6 +223,7 @@ def load_student(
     if compile and (folder / BRANCH).is_file():
         raise InputError(f"{BRANCH} changes the layers of the network; load this student without compile.")
     if lora is not None:
+        check_whole(card, "a LoRA")
         check_lora_base(folder, lora)
     model = PipelineTeacher.load(folder, size=card.get("size"))
     if lora is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from onestroke.denoiser import SCALE, Denoiser, on_cpu, plain_attention, tapped
 from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.teachers.branch import Branch
 from onestroke.teachers.calls import Call, clock
+from onestroke.teachers.depth import with_fewer_layers
 from onestroke.teachers.nasa import steered
 
 TAPS = 4
@@ -32,6 +34,10 @@ class DiTDenoiser(Denoiser):
         blocks = block_names(transformer)
         ends = sorted({max(len(blocks) * (i + 1) // TAPS - 1, 0) for i in range(TAPS)})
         self.taps, self.bottleneck = tuple(blocks[i] for i in ends), (len(ends) - 1) // 2
+
+    def fewer(self, layers: float) -> DiTDenoiser:
+        small = copy.deepcopy(with_fewer_layers(self.transformer, layers))
+        return DiTDenoiser(small, self.path, self.prediction, self.call).train(self.training)
 
     def predict(self, x, t, cond):
         dtype = next(self.transformer.parameters()).dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from onestroke.errors import InputError
 from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.teachers.branch import Branch
 from onestroke.teachers.calls import Call, clock
+from onestroke.teachers.depth import with_fewer_layers
 from onestroke.teachers.nasa import steered
 
 
@@ -31,6 +33,10 @@ class UNetDenoiser(Halves):
         )
         self.branch: Branch | None = None
         self.taps, self.bottleneck = (*downs, "mid_block", *ups), len(downs)
+
+    def fewer(self, layers: float) -> UNetDenoiser:
+        small = copy.deepcopy(with_fewer_layers(self.unet, layers))
+        return UNetDenoiser(small, self.path, self.prediction, self.call).train(self.training)
 
     def predict(self, x, t, cond):
         dtype = next(self.unet.parameters()).dtype

@@ -1,4 +1,4 @@
-"""How a role is made from the teacher: a full copy, or LoRA adapters over the teacher's own frozen weights."""
+"""How a role is made from the teacher: a copy, of the student as small as asked, or LoRA over the teacher's weights."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from onestroke.denoiser import clone_sharing
+from onestroke.denoiser import Denoiser, clone_sharing
 from onestroke.errors import InputError
 from onestroke.settings import Settings
 
 Role = TypeVar("Role", bound=nn.Module)
 
 
-def make_role(net: nn.Module, player: str, settings: Settings) -> nn.Module:
-    """A trainable copy of the frozen denoiser `net` for `player`, as `lora_rank` asks."""
+def make_role(net: Denoiser, player: str, settings: Settings) -> nn.Module:
+    """A trainable copy of the frozen denoiser `net` for `player`, as `lora_rank` and, for the student, `layers` ask."""
     rank = settings.of("lora_rank", player, 0)
     if not rank:
-        return copy.deepcopy(net).requires_grad_(True)
+        small = player == "student" and settings.layers < 1
+        return (net.fewer(settings.layers) if small else copy.deepcopy(net)).requires_grad_(True)
     from peft import LoraConfig, inject_adapter_in_model
 
     role = clone_sharing(net)

@@ -18,13 +18,15 @@ class SlimFlow(Method):
     fresh and beta falling from 1 to 0 over `anneal` rounds; so a student that never saw pairs starts from plain flow
     matching. Then distillation, two terms of equal weight: the velocity error at the noise end of the pairs, and of
     fresh noise, whose picture is two steps of the straightened student, the second from time 1 - u, u in [lo, hi].
+    So the student may be smaller than its teacher, and the run's `layers` says how small: at layers = 0.5 it has half
+    of them, and is no flow before it has trained.
 
     straighten: 0, ours: six tenths of the run. anneal: published 300,000; 0, ours: three quarters of `straighten`. With
     either a resumed run must keep its number of rounds. lo, hi: published 0.2 and 0.8.
     first: whose first of the two steps, "straight" (the paper) or "student" (the released code).
     Ours: squared error (published: LPIPS at 64 pixels for the distillation); one run on one set of pairs, where the
-    published distillation has pairs of the straightened student; no mirrored pictures; the student has the teacher's
-    size.
+    published distillation has pairs of the straightened student; no mirrored pictures; a smaller student keeps the
+    weights of every layer that it has (published: smaller networks of their own, begun at random).
     Published settings: batch 128, Adam 2e-4, average 0.999999.
     """
 
