@@ -125,11 +125,24 @@ def plan_run(
         )
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
-    if pairs and "pairs" not in needs:
+    if pairs and not needs & {"pairs", "ways"}:
         raise InputError(f"method {method!r} needs no pairs; leave --pairs out.")
+    if "ways" in needs:
+        check_ways(settings)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_ways(run: Settings) -> None:
+    """Refuse ways that a student's own calls do not lie on. Raises InputError."""
+    if run.solver != "ddim":
+        raise InputError(f"the teacher's ways are of DDIM steps; set solver=ddim instead of {run.solver}.")
+    if run.solver_steps % run.student_steps:
+        raise InputError(
+            f"solver_steps={run.solver_steps} must be a multiple of student_steps={run.student_steps}: a student is "
+            "called at states of the teacher's ways."
+        )
 
 
 def check_machine(run: Settings) -> None:
@@ -208,7 +221,7 @@ def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None, 
         return make_role(teacher.net, name, run)
 
     scale, null = run.guidance_scale, teacher.null if null is None else null
-    more = (teacher.shape, reward, run.steps, teacher.conditions, cond)
+    more = (teacher.shape, reward, run.steps, teacher.conditions, cond, run.solver_steps)
     return Parts(teacher.net, role("student"), role, few, null, scale, *more)
 
 
@@ -229,11 +242,12 @@ def distill(
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
     one prompt per line, a list, or a folder of such files, each of which gets a student of its own (see
     `onestroke.several`). images, instead: a folder of pictures with captions, which are then the prompts (see
-    `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, for the methods that need them;
-    what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need one: "clip:<folder or hub
-    id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by
-    default the teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player
-    ones take a number or {player: number}) and the method's own options. Returns the loaded student.
+    `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, or of its whole ways, for the
+    methods that need them; what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need
+    one: "clip:<folder or hub id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to
+    (B,), larger is better; by default the teacher's own pair of towers. settings: trainer settings (see
+    `onestroke.settings.Settings`; per-player ones take a number or {player: number}) and the method's own options.
+    Returns the loaded student.
 
     Beside the pipeline stand its model card and parity.json: it is drawn with by plain diffusers and compared with the
     sampler of training.
@@ -258,7 +272,7 @@ def distill(
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
     check_machine(run)
     needs = cls.needs_of({**options(cls), **chosen})
-    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
+    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs)
     check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     if isinstance(source, Path):
@@ -312,9 +326,11 @@ def distill(
     playing = cls(parts, **chosen)
     few = getattr(playing, "few", parts.few)  # as the method calls it
     teacher.student_scheduler(few)  # refuses calls that no pipeline could repeat
-    solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
+    solved, ways = None, None
+    if needs & {"pairs", "ways"}:
+        solved, ways = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size)
     teacher.park()
-    trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved), run, out)
+    trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved, ways), run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:
