@@ -160,7 +160,7 @@ NEEDS = {
     "steering": "attention that can be steered away from a second text",
     "branch": "a negative-prompt branch where the network has cross-attention",
     "halves": "a teacher with a UNet, whose encoder and decoder can be run apart",
-    "times": "a sampler that calls the student at times of its own",
+    "times": "where a student has several steps, a pipeline whose call takes their times",
 }
 """What a method may need beside prompts, in words."""
 

@@ -111,11 +111,8 @@ def plan_run(
     needs = cls.needs_of({**options(cls), **chosen})
     if "x0" in needs and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
-    if "times" in needs:
-        raise InputError(
-            f"with these options a student of {method!r} has times of its own, which a plain pipeline's scheduler does "
-            "not carry; choose others."
-        )
+    if "times" in needs and settings.students > 1 and settings.student_steps > 1:
+        raise InputError("several students draw at the same times; choose options that leave them the usual ones.")
     if "steering" in needs and settings.gradient_checkpointing:
         raise InputError("negative prompts in training go without gradient_checkpointing; leave it out.")
     if "branch" in needs and settings.gradient_checkpointing:
@@ -153,10 +150,17 @@ def check_machine(run: Settings) -> None:
 
 
 def check_network(folder: Path, needs: Collection[str]) -> None:
-    """Refuse a pipeline whose network lacks what a method needs, from its small files. Raises InputError."""
-    network = read_json(folder / "model_index.json").get("transformer")
+    """Refuse a pipeline whose network or call lacks what a method needs, from its small files. Raises InputError."""
+    from onestroke.teachers.pipeline import class_of, prediction_of, time_keyword
+
+    index = read_json(folder / "model_index.json")
+    network = index.get("transformer")
     if "halves" in needs and network is not None:
         raise no_halves(network[-1])
+    if "times" in needs:
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        flow = prediction_of(str(config.get("_class_name")), config, folder) == "flow"
+        time_keyword(class_of(index["_class_name"], folder), flow)
 
 
 def check_init(run: Settings) -> None:
@@ -271,7 +275,7 @@ def distill(
     given = settings | ({"reward": judged} if judged else {})
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
     check_machine(run)
-    needs = cls.needs_of({**options(cls), **chosen})
+    needs = cls.needs_of({**options(cls), **chosen}) - ({"times"} if run.student_steps == 1 else set())
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs)
     check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
@@ -324,8 +328,9 @@ def distill(
             raise InputError(f"{run.init} is a student of {first.card.get('teacher')!r}, whose weights are others.")
         parts.student.load_state_dict(first.model.net.state_dict())
     playing = cls(parts, **chosen)
-    few = getattr(playing, "few", parts.few)  # as the method calls it
-    teacher.student_scheduler(few)  # refuses calls that no pipeline could repeat
+    teacher.student_scheduler(getattr(playing, "few", parts.few))  # refuses calls that no pipeline could repeat
+    if "times" in needs:
+        teacher.own_times(parts.few)  # refuses a pipeline that takes none
     solved, ways = None, None
     if needs & {"pairs", "ways"}:
         solved, ways = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size)
@@ -336,6 +341,7 @@ def distill(
     if trainer.accelerator.is_main_process:
         recipe.save(out)
     trainer.run()
+    few = getattr(playing, "few", parts.few)  # as the method calls it now: times may be found by training
     student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}

@@ -159,7 +159,7 @@ def straight_is_where_small_steps_end(cls, name, steps=4, fine=8):
     u = (torch.arange(8) % steps + 0.5) / steps  # every chord
     for off in (0.0, 0.3):
         student = Chords(path, table, off)
-        method = build(cls, path, student, steps, fine)
+        method = build(cls, path, student, steps, fine, knots="grid")
         close(checks.losses(method, batch(path, z, u, fine))["chord"], tensor(off).square().sum(), 1e-6, 1e-12)
         if not off:
             close(method.few.sample(student, z, labels(8)), end * z, 1e-7)
@@ -204,10 +204,12 @@ def test_bad_options(options, said):
         build(Boss, path, checks.Slope(path), 2, **options)
 
 
-def test_a_pipeline_carries_no_times_of_its_own():
-    with pytest.raises(InputError, match="has times of its own, which a plain pipeline's scheduler does not carry"):
-        plan_run("emoji64", "boss", ["a"], {"knots": "best"})
-    assert "knots" not in plan_run("emoji64", "boss", ["a"], {})[2]
+def test_several_students_have_one_sampler():
+    two = {"students": 2, "student_steps": 2}
+    with pytest.raises(InputError, match="several students draw at the same times"):
+        plan_run("emoji64", "boss", ["a"], two)
+    assert plan_run("emoji64", "boss", ["a"], {**two, "knots": "grid"})[1].students == 2
+    assert plan_run("emoji64", "boss", ["a"], {"students": 2})[1].students == 2
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ class Boss(Method):
     whose jumps cost least. Then the student's velocity eps - x0 at the state of a knot regresses that of the chord to
     the next knot's state: sampled at the knots, it ends where the small steps do.
 
-    knots: "grid" (ours), the times that the student has, the only ones that a plain pipeline's scheduler carries;
-    "best" (the paper), those that the first round finds, which the student is then sampled at.
+    knots: "best" (the paper), those that the first round finds, which the student is then sampled at: its pipeline is
+    called with them; "grid", those of a plain scheduler, for pipelines that take no times.
     Ours: any path, by DDIM steps, which are Euler's on the straight one, where the published flows live and whose
     scale the cost has. The run's guidance is in the ways; their number and that of their steps are its settings.
-    Published settings: ways of 100 steps, costs of 100 of them, then 5,000 (pair_count); 12,000 rounds of 15, LoRA as
-    an option.
+    Published settings: ways of 100 steps, costs of 100 of them (ours: of the first round's), then 5,000 (pair_count);
+    12,000 rounds of 15, LoRA as an option.
     """
 
     players = ("student",)
@@ -59,7 +59,7 @@ class Boss(Method):
 
     marks: Tensor
 
-    def __init__(self, parts: Parts, knots: str = "grid"):
+    def __init__(self, parts: Parts, knots: str = "best"):
         super().__init__(parts)
         if knots not in KNOTS:
             raise InputError(f"knots={knots!r} must be one of {', '.join(KNOTS)}.")
