@@ -59,7 +59,7 @@ def distill(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, e.g. lr.student=1e-5. Repeatable.")
     ] = None,
-    pairs: Annotated[Path | None, typer.Option(help="Folder of pairs to read or make, for methods on pairs.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Folder of pairs or ways to read or make.")] = None,
     seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ):

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     draw: Draws  # every other random number of the step
     x0: Tensor | None = None  # (B, *D) real latents, for the methods that need them
     pairs: Pairs | None = None  # of the teacher's solver, for the methods that need them
+    ways: Tensor | None = None  # (B, K + 1, *D) states of the teacher's DDIM way (see `solvers.way`), likewise
 
 
 class Reward(Protocol):
@@ -92,6 +93,7 @@ class Parts:
     rounds: int = 1000  # of the whole run, for what changes along it
     encode: Callable[[list[str]], Cond] | None = None  # prompts (N) -> conditions (N, ...), where a teacher reads any
     conditions: Cond | None = None  # (N, ...), all that the run learns under
+    solver_steps: int = 25  # of the teacher's solver: K of the ways
 
     @property
     def path(self) -> Path:
@@ -155,12 +157,13 @@ class Parts:
 NEEDS = {
     "x0": "real images with captions",
     "pairs": "noise and pictures of the teacher's solver",
+    "ways": "all states of the teacher's solver on its way from noise to picture",
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
     "steering": "attention that can be steered away from a second text",
     "branch": "a negative-prompt branch where the network has cross-attention",
     "halves": "a teacher with a UNet, whose encoder and decoder can be run apart",
-    "times": "a sampler that calls the student at times of its own",
+    "times": "where a student has several steps, a pipeline whose call takes their times",
 }
 """What a method may need beside prompts, in words."""
 

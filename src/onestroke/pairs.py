@@ -1,4 +1,5 @@
-"""Pairs of noise and what the teacher's solver makes of it: made once, kept on disk, read by every method."""
+"""Pairs of noise and what the teacher's solver makes of it, or its whole ways: made once, kept on disk, read by every
+method."""
 
 from __future__ import annotations
 
@@ -18,27 +19,45 @@ from onestroke.errors import InputError, read_json
 from onestroke.method import Pairs, Parts
 from onestroke.paths import Cond
 from onestroke.settings import Settings
-from onestroke.solvers import solve
+from onestroke.solvers import solve, way
 from onestroke.training.progress import Progress
 
 INDEX = "pairs.json"
 SHARD = 1024
 """Pairs per file."""
+WAYS = 64
+"""Ways per file."""
 
 
-def about_pairs(prompts_sha256: str, run: Settings) -> dict[str, Any]:
-    """What pairs depend on beside the teacher. pairs.json keeps it, and the hash of it all seeds their noise."""
+class Stack:
+    """The rows of tensors (n, ...) that lie one after the other, all but the last of one length; read as they are asked
+    for: tensors of files stay there."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        size = len(self.parts[0])
+        return torch.stack([self.parts[i // size][i % size] for i in rows.tolist()])
+
+
+def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False) -> dict[str, Any]:
+    """What pairs, or ways, depend on beside the teacher. pairs.json keeps it, and the hash of it all seeds their
+    noise."""
     asked = {k: getattr(run, k) for k in ("guidance_scale", "solver", "solver_steps", "seed")}
-    return {"prompts_sha256": prompts_sha256, **asked}
+    return {"prompts_sha256": prompts_sha256, **asked, **({"ways": True} if ways else {})}
 
 
 def check_pairs(folder: Path, about: Mapping[str, Any]) -> None:
-    """Refuse a folder whose pairs were made otherwise; one without pairs will do. Raises InputError."""
+    """Refuse a folder whose pairs were made otherwise, or without their ways where these are asked for; one without
+    pairs will do. Raises InputError."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder of pairs, or a new one for them.")
     if not (folder / INDEX).is_file():
         return
     found = read_json(folder / INDEX)
+    if about.get("ways") and not found.get("ways"):
+        raise InputError(f"{folder} holds pairs without the states between; give another --pairs.")
     for key, value in about.items():
         if found.get(key) != value:
             raise InputError(
@@ -65,20 +84,24 @@ def fingerprint(parts: Parts) -> str:
 
 def make_pairs(
     parts: Parts, cond: Cond, about: Mapping[str, Any], folder: Path, count: int = 0, batch_size: int = 64
-) -> Pairs:
+) -> tuple[Pairs, Stack | None]:
     """`count` pairs (default: one per condition) of the guided teacher; pair i is of condition i modulo their number.
+    With their ways (count, K + 1, *D), in a folder that holds them, as one does that is made for them.
 
     What `folder` lacks is made and kept there, each process its part, so that a run that was cut off continues. Raises
     InputError for a folder of other pairs, of another teacher's, or with a broken file.
     """
     from accelerate import PartialState
 
-    made = {"teacher_sha256": fingerprint(parts), **about}
     check_pairs(folder, about)
-    if (folder / INDEX).is_file() and read_json(folder / INDEX).get("teacher_sha256") != made["teacher_sha256"]:
-        raise InputError(f"{folder} holds the pairs of another teacher; give another --pairs.")
-    state, count = PartialState(), count or _length(cond)
-    shards = [range(i, min(i + SHARD, count)) for i in range(0, count, SHARD)]
+    made, teacher = {"teacher_sha256": fingerprint(parts), **about}, "teacher_sha256"
+    if (folder / INDEX).is_file():
+        found = read_json(folder / INDEX)
+        if found.get(teacher) != made[teacher]:
+            raise InputError(f"{folder} holds the pairs of another teacher; give another --pairs.")
+        made = found  # its ways are kept on, whoever asks for pairs alone
+    state, count, size = PartialState(), count or _length(cond), WAYS if made.get("ways") else SHARD
+    shards = [range(i, min(i + size, count)) for i in range(0, count, size)]
     missing = [i for i, rows in enumerate(shards) if _rows(folder, i) < len(rows)]
     state.wait_for_everyone()  # all have looked
     if state.is_main_process and not (folder / INDEX).is_file():
@@ -88,29 +111,39 @@ def make_pairs(
     parts.teacher.to(state.device)
     key = int(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12], 16)
     mine = missing[state.process_index :: state.num_processes]
-    with Progress(sum(len(shards[i]) for i in mine), 1, not mine or not state.is_main_process, "making pairs") as bar:
+    task = "making ways" if made.get("ways") else "making pairs"
+    with Progress(sum(len(shards[i]) for i in mine), 1, not mine or not state.is_main_process, task) as bar:
         for i in mine:
             noise = torch.stack(
                 [torch.randn(parts.shape, generator=torch.Generator().manual_seed(key + row)) for row in shards[i]]
             )
-            found = []
+            solved: list[dict[str, Tensor]] = []
             for start in range(0, len(noise), batch_size):
                 z = noise[start : start + batch_size].to(state.device)
                 chosen = torch.arange(shards[i][start], shards[i][start] + len(z)) % _length(cond)
-                found.append(_solved(parts, z, {k: v[chosen].to(z.device) for k, v in cond.items()}, about).cpu())
+                solved.append(_solved(parts, z, {k: v[chosen].to(z.device) for k, v in cond.items()}, made))
                 bar.show(sum(len(shards[j]) for j in mine if j < i) + start + len(z), {})
-            _write(_file(folder, i), {"noise": noise, "x0": torch.cat(found)})
+            _write(_file(folder, i), {"noise": noise} | {k: torch.cat([s[k] for s in solved]) for k in solved[0]})
     state.wait_for_everyone()
-    read = [_read(_file(folder, i), len(rows), parts.shape) for i, rows in enumerate(shards)]
-    return Pairs(*(torch.cat(column) for column in zip(*read, strict=True)))
+    shapes = {"noise": parts.shape, "x0": parts.shape}
+    if made.get("ways"):
+        shapes["states"] = (made["solver_steps"] + 1, *parts.shape)
+    read = [_read(_file(folder, i), len(rows), shapes) for i, rows in enumerate(shards)]
+    pairs = Pairs(*(torch.cat([part[k] for part in read]) for k in Pairs._fields))
+    return pairs, Stack([part["states"] for part in read]) if made.get("ways") else None
 
 
 def _length(cond: Cond) -> int:
     return len(next(iter(cond.values())))
 
 
-def _solved(parts: Parts, noise: Tensor, cond: Cond, about: Mapping[str, Any]) -> Tensor:
-    return solve(parts.guide(parts.teacher), parts.path, noise, cond, about["solver_steps"], about["solver"])
+def _solved(parts: Parts, noise: Tensor, cond: Cond, made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the guided teacher makes of noise (B, *D), on the CPU: x0 (B, *D), and its states where they are kept."""
+    teacher, steps = parts.guide(parts.teacher), made["solver_steps"]
+    if not made.get("ways"):
+        return {"x0": solve(teacher, parts.path, noise, cond, steps, made["solver"]).cpu()}
+    states = way(teacher, parts.path, noise, cond, steps).cpu()
+    return {"x0": states[:, -1].contiguous(), "states": states}
 
 
 def _file(folder: Path, shard: int) -> Path:
@@ -134,13 +167,14 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, file)
 
 
-def _read(file: Path, count: int, shape: tuple[int, ...]) -> Pairs:
+def _read(file: Path, count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The first `count` rows of a file's tensors, of these shapes by name."""
     try:
         with safe_open(file, framework="pt") as kept:
-            pairs = Pairs(kept.get_tensor("noise")[:count], kept.get_tensor("x0")[:count])
+            found = {name: kept.get_tensor(name)[:count] for name in shapes}
     except SafetensorError as error:
         raise InputError(f"{file} is broken ({error}); delete it, and it is made again.") from None
-    for tensor in pairs:
-        if tensor.shape != (count, *shape):
-            raise InputError(f"{file} holds pairs of shape {tuple(tensor.shape[1:])}, not {shape}; delete it.")
-    return pairs
+    for name, shape in shapes.items():
+        if found[name].shape != (count, *shape):
+            raise InputError(f"{file} holds pairs of shape {tuple(found[name].shape[1:])}, not {shape}; delete it.")
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -169,7 +169,8 @@ def played(trainer: Trainer, batches: int, size: int, memory: Memory) -> Plan:
         micro = []
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
-            micro.append(Batch(draw.normal(data.shape), data.cond, draw, data.x0, data.pairs))
+            ways = cast(Tensor | None, data.ways)
+            micro.append(Batch(draw.normal(data.shape), data.cond, draw, data.x0, data.pairs, ways))
         kernel = (trainer.update, trainer.backward, trainer.advance, trainer.renew, trainer.share)
         play(trainer.method, micro, step, *kernel)
     return Plan(memory.peak, frozen, {p: holds(trainer, p) for p in trainer.method.players})
@@ -249,8 +250,8 @@ def plan(teacher: str | Path, method: str, *, device: str | None = None, prompts
 
     teacher: a built-in name or a pipeline folder. device: "cpu" or "cuda", by default what this machine has; on a GPU
     attention keeps no matrix of all its weights. prompts: their number, whose conditions stay in memory; the pictures
-    or pairs that a method needs besides are those of a batch. Raises InputError as `distill` does, and for a reward
-    that is a function: there is nothing to tell its memory by.
+    pairs or ways that a method needs besides are those of a batch. Raises InputError as `distill` does, and for a
+    reward that is a function: there is nothing to tell its memory by.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -293,8 +294,10 @@ def play_plan(
         cond = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in null.items()}
         size = run.batch_size
         trainer = HollowTrainer(memory, hollow(playing), Data(teacher.shape, cond), run)
-        x0 = torch.zeros(size, *teacher.shape)
-        trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()}, x0, Pairs(x0, x0))
+        x0, ways = torch.zeros(size, *teacher.shape), None
+        if "ways" in method.needs_of({**option_defaults(method), **options}):
+            ways = x0.new_zeros(size, run.solver_steps + 1, *teacher.shape)
+        trainer.data = Data(teacher.shape, {k: v[:size] for k, v in cond.items()}, x0, Pairs(x0, x0), ways)
         return played(trainer, run.accumulate, size, memory)
 
 

@@ -111,11 +111,8 @@ def plan_run(
     needs = cls.needs_of({**options(cls), **chosen})
     if "x0" in needs and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
-    if "times" in needs:
-        raise InputError(
-            f"with these options a student of {method!r} has times of its own, which a plain pipeline's scheduler does "
-            "not carry; choose others."
-        )
+    if "times" in needs and settings.students > 1 and settings.student_steps > 1:
+        raise InputError("several students draw at the same times; choose options that leave them the usual ones.")
     if "steering" in needs and settings.gradient_checkpointing:
         raise InputError("negative prompts in training go without gradient_checkpointing; leave it out.")
     if "branch" in needs and settings.gradient_checkpointing:
@@ -130,11 +127,24 @@ def plan_run(
         )
     if settings.reward and "reward" not in needs:
         raise InputError(f"method {method!r} reads no reward; leave reward={settings.reward!r} out.")
-    if pairs and "pairs" not in needs:
+    if pairs and not needs & {"pairs", "ways"}:
         raise InputError(f"method {method!r} needs no pairs; leave --pairs out.")
+    if "ways" in needs:
+        check_ways(settings)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_ways(run: Settings) -> None:
+    """Refuse ways that a student's own calls do not lie on. Raises InputError."""
+    if run.solver != "ddim":
+        raise InputError(f"the teacher's ways are of DDIM steps; set solver=ddim instead of {run.solver}.")
+    if run.solver_steps % run.student_steps:
+        raise InputError(
+            f"solver_steps={run.solver_steps} must be a multiple of student_steps={run.student_steps}: a student is "
+            "called at states of the teacher's ways."
+        )
 
 
 def check_machine(run: Settings) -> None:
@@ -145,10 +155,17 @@ def check_machine(run: Settings) -> None:
 
 
 def check_network(folder: Path, needs: Collection[str]) -> None:
-    """Refuse a pipeline whose network lacks what a method needs, from its small files. Raises InputError."""
-    network = read_json(folder / "model_index.json").get("transformer")
+    """Refuse a pipeline whose network or call lacks what a method needs, from its small files. Raises InputError."""
+    from onestroke.teachers.pipeline import class_of, prediction_of, time_keyword
+
+    index = read_json(folder / "model_index.json")
+    network = index.get("transformer")
     if "halves" in needs and network is not None:
         raise no_halves(network[-1])
+    if "times" in needs:
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        flow = prediction_of(str(config.get("_class_name")), config, folder) == "flow"
+        time_keyword(class_of(index["_class_name"], folder), flow)
 
 
 def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> None:
@@ -241,7 +258,7 @@ def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None, 
         return make_role(teacher.net, name, run)
 
     scale, null = run.guidance_scale, teacher.null if null is None else null
-    more = (teacher.shape, reward, run.steps, teacher.conditions, cond)
+    more = (teacher.shape, reward, run.steps, teacher.conditions, cond, run.solver_steps)
     return Parts(teacher.net, role("student"), role, few, null, scale, *more)
 
 
@@ -262,11 +279,12 @@ def distill(
     teacher: a built-in name, a pipeline folder, a hub id, or what `load_teacher` returned. prompts: a UTF-8 file with
     one prompt per line, a list, or a folder of such files, each of which gets a student of its own (see
     `onestroke.several`). images, instead: a folder of pictures with captions, which are then the prompts (see
-    `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, for the methods that need them;
-    what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need one: "clip:<folder or hub
-    id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to (B,), larger is better; by
-    default the teacher's own pair of towers. settings: trainer settings (see `onestroke.settings.Settings`; per-player
-    ones take a number or {player: number}) and the method's own options. Returns the loaded student.
+    `onestroke.images.read_images`). pairs: a folder of pairs of the teacher's solver, or of its whole ways, for the
+    methods that need them; what it lacks is made there (default: `pairs` in `out`). reward, for the methods that need
+    one: "clip:<folder or hub id>", or a differentiable function of images (B, 3, H, W) in [0, 1] and their prompts to
+    (B,), larger is better; by default the teacher's own pair of towers. settings: trainer settings (see
+    `onestroke.settings.Settings`; per-player ones take a number or {player: number}) and the method's own options.
+    Returns the loaded student.
 
     Beside the pipeline stand its model card and parity.json: it is drawn with by plain diffusers and compared with the
     sampler of training.
@@ -290,8 +308,8 @@ def distill(
     given = settings | ({"reward": judged} if judged else {})
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
     check_machine(run)
-    needs = cls.needs_of({**options(cls), **chosen})
-    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run)
+    needs = cls.needs_of({**options(cls), **chosen}) - ({"times"} if run.student_steps == 1 else set())
+    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs)
     check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in
@@ -349,16 +367,20 @@ def distill(
             raise InputError(f"{run.init} is a student of {first.card.get('teacher')!r}, whose weights are others.")
         parts.student.load_state_dict(first.model.net.state_dict())
     playing = cls(parts, **chosen)
-    few = getattr(playing, "few", parts.few)  # as the method calls it
-    teacher.student_scheduler(few)  # refuses calls that no pipeline could repeat
-    solved = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size) if "pairs" in needs else None
+    teacher.student_scheduler(getattr(playing, "few", parts.few))  # refuses calls that no pipeline could repeat
+    if "times" in needs:
+        teacher.own_times(parts.few)  # refuses a pipeline that takes none
+    solved, ways = None, None
+    if needs & {"pairs", "ways"}:
+        solved, ways = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size)
     teacher.park()
-    trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved), run, out)
+    trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved, ways), run, out)
     if resume:
         trainer.resume()
     if trainer.accelerator.is_main_process:
         recipe.save(out)
     trainer.run()
+    few = getattr(playing, "few", parts.few)  # as the method calls it now: times may be found by training
     student = plain(trainer.finish())
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}

@@ -46,6 +46,12 @@ class FewStep:
         return self.encoder == "once" and len(self.times) > 1
 
     @cached_property
+    def gridded(self) -> bool:
+        """Whether its times are those of the path's grid, which a scheduler finds by itself; else they are its own."""
+        grid = self.path.grid(len(self.times))
+        return max(abs(t - s) for t, s in zip(self.times, grid, strict=True)) < 1e-9
+
+    @cached_property
     def first(self) -> float:
         """What multiplies the first noise, as `start` says."""
         a, b = self.path.ab(torch.tensor([self.times[0]], dtype=torch.float64))

@@ -47,9 +47,9 @@ class Settings:
     reward: str = ""
     """Of the methods that need one: "clip:<folder or hub id>"; empty: the teacher's own pair of towers."""
     pair_count: int = 0
-    """Pairs of the teacher's solver, for the methods that need them; 0: one per prompt."""
+    """Pairs of the teacher's solver, or ways, for the methods that need them; 0: one per prompt."""
     solver: str = "dpm++2m"
-    """What makes the pairs, one of `onestroke.solvers.SOLVERS`."""
+    """What makes the pairs, one of `onestroke.solvers.SOLVERS`; ways are of ddim."""
     solver_steps: int = 25
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps its state in 8 bits: a quarter of the memory, and it needs the extra `8bit`."""

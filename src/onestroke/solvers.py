@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from onestroke.errors import InputError, unknown
-from onestroke.paths import Cond, Path, like
-from onestroke.times import RAMP
+from onestroke.paths import Cond, Estimate, Path, like
+from onestroke.times import RAMP, strides
 
 NOISIEST = 4096.0
 """The largest noise level b / a that a solver starts from: log(b / a) must be finite. diffusers' own limit."""
@@ -75,9 +76,14 @@ def solve(net: nn.Module, path: Path, noise: Tensor, cond: Cond, steps: int = 25
     at the last its x0 is the answer. Raises InputError for no steps or an unknown solver.
     """
     times = levels(path, steps)
-    a, b = path.ab(torch.tensor(times[:1], dtype=torch.float64))
-    x = trajectory(net, path, noise * like(torch.hypot(a, b), noise), times, cond, solver)[-1]
+    x = trajectory(net, path, scaled(path, noise, times[0]), times, cond, solver)[-1]
     return net(x, torch.full((len(x),), times[-1], dtype=torch.float64, device=x.device), cond).x0
+
+
+def scaled(path: Path, noise: Tensor, t: float) -> Tensor:
+    """Standard-normal noise (B, *D) as a state at t: of the deviation of noised unit-variance data."""
+    a, b = path.ab(torch.tensor([t], dtype=torch.float64))
+    return noise * like(torch.hypot(a, b), noise)
 
 
 def levels(path: Path, steps: int) -> list[float]:
@@ -123,6 +129,41 @@ def jump(net: nn.Module, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Cond
 
 STEPS: dict[str, Callable[[nn.Module, Path, Tensor, Tensor, Tensor, Cond], Tensor]] = {"euler": euler, "heun": heun}
 """By name: (net, path, x, t, s, cond) -> x_s."""
+
+
+# ---- ways: all states of a solution --------------------------------------------------------------------------
+
+
+def stops(path: Path, steps: int) -> Tensor:
+    """The times of the states of a way of `steps` DDIM steps, (steps + 1,), decreasing float64; the last, 0, is the
+    picture's. They are those of a teacher's own scheduler, and among them are a student's of a divisor of the steps.
+
+    Raises InputError where a teacher's table has no such grid.
+    """
+    return strides(path, steps).flip(0)
+
+
+@torch.no_grad()
+def way(net: nn.Module, path: Path, noise: Tensor, cond: Cond, steps: int) -> Tensor:
+    """The states (B, steps + 1, *D) at `stops` on the DDIM way of `net` from standard-normal noise (B, *D) under cond.
+
+    On the straight path these are Euler's steps. The first is the student's input, the last the picture x0.
+    """
+    times = stops(path, steps).to(noise.device)
+    states = [scaled(path, noise, times[0].item())]
+    for t, s in pairwise(times):
+        est = net(states[-1], t.expand(len(noise)), cond)
+        states.append(path.mix(est.x0, est.eps, s.expand(len(noise))) if s > 0 else est.x0)
+    return torch.stack(states, 1)
+
+
+def chord(path: Path, states: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Estimate]:
+    """Of ways (B, K + 1, *D): the states x (B, *D) number i (B,), their times (B,), and the (x0, eps) at x whose single
+    DDIM step ends in the states number j > i. At j = i + 1 these are what the solved network said at x."""
+    times, rows = stops(path, states.shape[1] - 1).to(states.device), torch.arange(len(states), device=states.device)
+    x, y, t, s = states[rows, i], states[rows, j], times[i], times[j]
+    x0 = torch.where(like(s > 0, x) > 0, path.through(x, t, y, s).x0, y)  # whatever noise the path has at the data end
+    return x, t, path.split(x, x0, t, "x0")
 
 
 # ---- diffusers' schedulers -----------------------------------------------------------------------------------

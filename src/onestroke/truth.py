@@ -21,7 +21,7 @@ from onestroke.paths import EDM, VP, Cond, Flow, Path, Prediction, like
 from onestroke.run import recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
-from onestroke.solvers import solve
+from onestroke.solvers import solve, way
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.training.train import Data, Trainer
 
@@ -170,12 +170,16 @@ def _data(teacher: GaussianMixture, seed: int, null_rate: float = 0.1, count: in
     return Data(teacher.shape, {"label": label}, x0)
 
 
-def _pairs(parts: Parts, cond: Cond, run: Settings) -> Pairs:
-    """Pairs of the exact teacher's solver, of the first conditions."""
-    count = 16_384
+def _solved(parts: Parts, data: Data, run: Settings, ways: bool) -> Data:
+    """With pairs of the exact teacher's solver, of the first conditions, or with its ways."""
+    count, teacher = 16_384, parts.guide(parts.teacher)
     noise = torch.randn((count, *parts.shape), generator=torch.Generator().manual_seed(run.seed + 4))
-    cond = {k: v[:count] for k, v in cond.items()}
-    return Pairs(noise, solve(parts.guide(parts.teacher), parts.path, noise, cond, run.solver_steps, run.solver))
+    cond = {k: v[:count] for k, v in data.cond.items()}
+    if not ways:
+        x0 = solve(teacher, parts.path, noise, cond, run.solver_steps, run.solver)
+        return replace(data, pairs=Pairs(noise, x0))
+    states = way(teacher, parts.path, noise, cond, run.solver_steps)
+    return replace(data, pairs=Pairs(noise, states[:, -1]), ways=states)
 
 
 def fit(teacher: GaussianMixture, prediction: Prediction, seconds: float, seed: int = 0, steps: int = 1_000_000) -> Net:
@@ -255,10 +259,11 @@ def converge(
             reward or inside(teacher),
             run.steps,
             lambda prompts: {"label": torch.tensor([int(prompt) for prompt in prompts])},
+            solver_steps=run.solver_steps,
         )
         data = _data(teacher, seed)
-        if "pairs" in cls.needs:
-            data = replace(data, pairs=_pairs(parts, data.cond, run))
+        if needs & {"pairs", "ways"}:
+            data = _solved(parts, data, run, "ways" in needs)
         trainer = Trainer(cls(parts, **chosen), data, run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
     student, own = trainer.finish(), getattr(trainer.method, "few", few)

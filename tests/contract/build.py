@@ -16,7 +16,7 @@ from onestroke.methods import get_method, options
 from onestroke.paths import Cond
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
-from onestroke.solvers import solve
+from onestroke.solvers import way
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.training.roles import make_role
 from onestroke.training.train import Data, Trainer
@@ -27,8 +27,6 @@ PATHS = ("vp", "edm", "flow", "trig", "table", "table0")
 LABELS = 3
 ROWS = 24
 PHASES: dict[str, dict[str, Any]] = {
-    "agd": {"points": 3},
-    "boss": {"fine": 4},
     "disback": {"prelude": 2, "record": 1, "interval": 1},
     "guided-distillation": {"guide_steps": 1, "start": 2, "stage_steps": 1},
     "hyper-sd": {"stage_steps": 1, "score_weight": 1.0},
@@ -42,8 +40,8 @@ PHASES: dict[str, dict[str, Any]] = {
 FAST = {"student": 1e-3, "fake": 1e-3}
 SHORT: dict[str, dict[str, Any]] = {
     "adm": {"lr": {"student": 3e-4, "heads": 2e-2, "fake": 1e-3}, "ema": 0.995},
-    "agd": {"points": 4, "student_steps": 8},
-    "boss": {"fine": 10},
+    "agd": {"student_steps": 8, "solver_steps": 40},
+    "boss": {"solver_steps": 10},
     "ct": {"growth": 0},
     "decoupled-dmd": {"lr": {"student": 3e-4, "fake": 1e-3}, "betas": {"*": [0.0, 0.99]}},
     "disback": {"lr": FAST},
@@ -132,7 +130,8 @@ def build(
     run = settings or Settings()
     few = FewStep(on, on.grid(run.student_steps), renoise=run.renoise)
     null = {"label": torch.tensor([-1])}
-    parts = Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,), reward, run.steps)
+    about: dict[str, Any] = {"rounds": run.steps, "solver_steps": run.solver_steps}
+    parts = Parts(teacher, copy_for("student"), copy_for, few, null, guidance, (2,), reward, **about)
     return get_method(name)(parts, **{**at_once(name), **chosen})
 
 
@@ -144,11 +143,11 @@ def reward(x0: torch.Tensor, cond: Cond) -> torch.Tensor:
 
 @lru_cache
 def data(path: str = "vp", rows: int = ROWS) -> WideData:
-    """Labels, and real samples and pairs for the methods that need them."""
+    """Labels, and real samples, pairs and ways for the methods that need them."""
     label, generator = torch.arange(rows) % LABELS, torch.Generator().manual_seed(0)
     teacher, noise = mixture(make_path(path)), torch.randn(rows, 2, generator=generator, dtype=torch.float64)
-    pairs = Pairs(noise, solve(teacher, teacher.path, noise, {"label": label}, 8, "heun"))
-    return WideData((2,), {"label": label}, teacher.sample(label, generator), pairs)
+    ways = way(teacher, teacher.path, noise, {"label": label}, Settings().solver_steps)
+    return WideData((2,), {"label": label}, teacher.sample(label, generator), Pairs(noise, ways[:, -1]), ways)
 
 
 def batch(path: str = "vp", size: int = 8, step: int = 0) -> Batch:

@@ -22,7 +22,6 @@ LONG = 100_000
 AMONG = (1, 200, 500, 1500, 7000, 15_000, 55_000, 75_000)
 """Rounds among which every published number of rounds and every part of a run falls."""
 PHASED: dict[str, dict[str, Any]] = {
-    "boss": {"knots": "best"},
     "ctm": {"gan_from": 4},
     "hyper-sd": {"score_weight": 1.0},
 }

@@ -19,7 +19,7 @@ from onestroke import cli, methods
 from onestroke.draws import Draws
 from onestroke.method import Batch, Method, Parts, play
 from onestroke.paths import EDM, VP, Estimate, Flow
-from onestroke.run import COMMON, RECIPES, recipe_layers
+from onestroke.run import COMMON, RECIPES, check_ways, recipe_layers
 from onestroke.sampling import FewStep
 from onestroke.settings import resolve
 from onestroke.teachers import GaussianMixture, built_in
@@ -168,6 +168,9 @@ def test_the_settings_of_a_teacher_are_for_every_method(teacher, method):
     settings, _ = resolve({}, methods.options(cls), cls.players, cls.defaults, *recipe_layers(teacher, method))
     assert settings.batch_size <= 32
     assert settings.of("lr", cls.players[0]) >= 1e-5, "as of a large teacher: nothing would move in a short run"
+    if "ways" in cls.needs:
+        check_ways(settings)
+        assert 1000 % settings.solver_steps == 0, "no grid of the teacher's table"
 
 
 def test_recipes_and_built_in_teachers_go_together():

@@ -161,3 +161,100 @@ def test_pairs_that_nobody_needs(run, prompt_file):
     _, more = run
     assert_refusal(more("other", "--pairs", prompt_file.parent, method="swiftbrush", more=()), "needs no pairs")
     assert_refusal(more("other", "--pairs", prompt_file), "is a file; give a folder of pairs")
+
+
+# ---- ways ------------------------------------------------------------------------------------------------------------
+
+WAYS = ("--set", "solver_steps=8", "--set", "guidance_scale=2", "--set", "pair_count=7")
+READ = (*WAYS, "--set", "solver=ddim")
+
+
+@pytest.fixture
+def ways_run(onestroke, pipeline_folder, prompt_file, tmp_path, monkeypatch):
+    """As `run`, of BOSS in two steps on 7 ways of 8 steps, 4 ways to a file."""
+    monkeypatch.setattr(pairs, "WAYS", 4)
+    two = (*WAYS, "--set", "student_steps=2")
+    said = onestroke(*words(pipeline_folder, prompt_file, tmp_path / "run", "boss", two))
+    assert (said.code, said.err) == (0, ""), said
+
+    def more(out, *given, teacher=pipeline_folder, **changes):
+        return onestroke(*words(teacher, prompt_file, tmp_path / out, **{"more": READ, **changes}), *given)
+
+    return tmp_path / "run", more
+
+
+def test_ways_are_what_the_guided_teacher_passes_through(ways_run, pipeline_folder, prompt_file):
+    folder, _ = ways_run
+    about = json.loads((folder / "pairs" / "pairs.json").read_text())
+    assert (about["solver"], about["solver_steps"], about["guidance_scale"], about["ways"]) == ("ddim", 8, 2.0, True)
+    files = [load_file(folder / "pairs" / f"0000{i}.safetensors") for i in range(2)]
+    assert [len(file["states"]) for file in files] == [4, 3]
+    found, teacher = read(folder / "pairs"), load_teacher(pipeline_folder)
+    states = torch.cat([file["states"] for file in files])
+    assert states.shape == (7, 9, 4, 4, 4)
+    assert torch.equal(states[:, -1], found["x0"])
+    torch.testing.assert_close(states[:, 0], found["noise"])  # of a path that preserves variance
+    lines = prompt_file.read_text().split("\n")[:6]
+    cond, guided = teacher.encode([*lines, lines[0]]), Guided(teacher.net, 2.0, teacher.null)
+    x = found["noise"]
+    for k in range(8):
+        t, s = (torch.full((7,), (125 * (8 - i) - 1) / 999, dtype=torch.float64) for i in (k, k + 1))
+        with torch.no_grad():
+            est = guided(x, t, cond)
+        x = teacher.path.mix(est.x0, est.eps, s) if k < 7 else est.x0
+        torch.testing.assert_close(states[:, k + 1], x, rtol=1e-4, atol=1e-4)
+    before, after = load_file(pipeline_folder / UNET), load_file(folder / UNET)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_other_methods_read_ways_and_what_is_missing_of_them_is_made(ways_run):
+    """KD, which needs their ends alone, makes the lacking file as the others are: AGD then reads them all."""
+    folder, more = ways_run
+    before, kept = digest(folder / "pairs"), folder / "pairs"
+    (kept / "00001.safetensors").unlink()
+    said = more("second", "--pairs", kept, method="kd")
+    assert (said.code, said.err) == (0, ""), said
+    assert digest(kept) == before
+    said = more("third", "--pairs", kept, "--set", "student_steps=4", method="agd")
+    assert (said.code, said.err) == (0, ""), said
+    assert digest(kept) == before
+    assert not (folder.parent / "third" / "pairs").exists()
+
+
+def test_more_ways_keep_those_there_were(ways_run):
+    folder, more = ways_run
+    before = read(folder / "pairs")
+    assert more("more", "--pairs", folder / "pairs", "--set", "pair_count=9", method="boss").code == 0
+    after = read(folder / "pairs")
+    assert len(after["noise"]) == 9
+    assert torch.equal(after["noise"][:7], before["noise"])
+    assert more("fewer", "--pairs", folder / "pairs", "--set", "pair_count=3", method="boss").code == 0
+
+
+def test_pairs_are_no_ways(run):
+    folder, more = run
+    about = folder / "pairs" / "pairs.json"
+    about.write_text(about.read_text().replace("dpm++2m", "ddim"))
+    said = more("other", "--pairs", folder / "pairs", method="boss")
+    assert_refusal(said, "holds pairs without the states between; give another --pairs")
+
+
+def test_ways_that_do_not_fit(ways_run, tmp_path):
+    folder, more = ways_run
+    kept = folder / "pairs"
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "teacher")
+    for given, says in (
+        (("--pairs", kept, "--set", "solver_steps=10"), "holds other pairs: their solver_steps is 8, not 10"),
+        (("--pairs", kept, "--set", "guidance_scale=3"), "holds other pairs: their guidance_scale is 2.0, not 3.0"),
+        (("--set", "student_steps=3"), "solver_steps=8 must be a multiple of student_steps=3"),
+        (("--set", "solver=dpm++2m"), "the teacher's ways are of DDIM steps; set solver=ddim instead of dpm++2m"),
+        (("--set", "solver_steps=12"), "take a divisor of the teacher's times"),
+    ):
+        assert_refusal(more("other", *given, method="boss"), says)
+    other = more("other", "--pairs", kept, teacher=tmp_path / "teacher", method="boss")
+    assert_refusal(other, "holds the pairs of another teacher; give another --pairs")
+    held = load_file(kept / "00000.safetensors")
+    save_file(held | {"states": held["states"][:, :5].clone()}, kept / "00000.safetensors")
+    assert_refusal(more("other", "--pairs", kept, method="boss"), "holds pairs of shape (5, 4, 4, 4), not (9, 4, 4, 4)")
+    save_file({k: v for k, v in held.items() if k != "states"}, kept / "00000.safetensors")
+    assert_refusal(more("other", "--pairs", kept, method="boss"), "00000.safetensors is broken", "delete it")

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from contract.build import batch as small_batch
-from contract.build import build as small
 from contract.build import settings_of, small_net
-from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.guidance.agd import AGD
 from onestroke.paths import Estimate
+from onestroke.solvers import way
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.training.roles import make_role
 from truth import pair_checks as checks
-from truth.checks import F64, Given, close, hand_ab, make_path, tensor
-from truth.pair_checks import PATHS, M, S, end_of
+from truth.checks import F64, Given, close, make_path, tensor
+from truth.pair_checks import PATHS, M, S
 from truth.test_guided_distillation import Shifting
 from truth.test_mutants import broken
+from truth.test_ways import by_hand
 
 SOURCE = "onestroke.methods.guidance.agd"
-W, POINTS = 3.0, 5
+W, STEPS = 3.0, 5
 
 
-class Shift(Given):
-    """Draws whose uniform numbers are given."""
-
-    def __init__(self, z):
-        super().__init__(z)
-        self.u = torch.linspace(0.001, 0.99, len(z), dtype=F64)
+class Rows(Given):
+    """Draws whose uniform numbers are given: every state of a way in turn."""
 
     def uniform(self, lo=0.0, hi=1.0):
-        return self.u
+        return (torch.arange(self.size, dtype=F64) % STEPS + 0.5) / STEPS
 
 
 class Seen(nn.Module):
@@ -51,20 +49,20 @@ class Seen(nn.Module):
         return Estimate(est.x0 + shift, est.eps - a * shift / b)
 
 
-def build(cls, path, student, w=W):
-    return cls(checks.parts(path, Shifting(path), student, None, w), points=POINTS)
-
-
-def play(method, z):
+def play(cls, path, student, w=W):
+    """The loss of a student on the guided teacher's ways, each at a state of its own; the batch's noise is another."""
+    made, z = checks.parts(path, Shifting(path), student, None, w), checks.noise(seed=40)
     cond = {"label": torch.zeros(len(z), dtype=torch.int64)}
-    return checks.losses(method, Batch(z, cond, Shift(z)))["guide"]
+    ways = way(made.guide(made.teacher), path, z, cond, STEPS)
+    method = cls(replace(made, solver_steps=STEPS))
+    return checks.losses(method, Batch(z.flip(0), cond, Rows(z), ways=ways))["guide"]
 
 
 def mean_is_w_m(cls, name):
     """With equal deviations guidance w moves the mean m to w m: there the loss vanishes, and nowhere near."""
-    path, z = make_path(name), checks.noise(seed=40)
+    path = make_path(name)
     for mean, zero in ((W * M, True), (M, False), ((W + 1) * M, False)):
-        assert (play(build(cls, path, Seen(path, mean)), z) < 1e-20) == zero
+        assert (play(cls, path, Seen(path, mean)) < 1e-20) == zero
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -72,41 +70,28 @@ def test_the_mean_is_w_m(name):
     mean_is_w_m(AGD, name)
 
 
-def states_are_those_of_the_guided_way(cls, name):
-    """DDIM steps of N(w m, S^2) from the noise, typed by hand, at times that every way shifts as a whole; the last is
-    within a step of the data."""
-    path, z = make_path(name), checks.noise(seed=40)
-    student = Seen(path, M)
-    play(build(cls, path, student), z)
+def asked_at_the_states_of_its_way(cls, name):
+    """Row r of eight is asked at state r of its own way, whose states are those typed by hand."""
+    path, z, student = make_path(name), checks.noise(seed=40), Seen(make_path(name), M)
+    play(cls, path, student)
+    times, states, _ = by_hand(name, path, z, STEPS, W * M)
     x, t, label = student.asked
-    shift, size = Shift(z).u, len(z)
-    assert x.shape == (POINTS * size, 1)
+    row = torch.arange(8)
+    close(t, tensor(*times)[row % STEPS])
+    close(x, states[row, row % STEPS], 1e-7, 1e-9)
     assert (label == 0).all()
-    for row in range(size):
-        state, time = end_of(path)[2] * z[row].item(), path.t_max
-        for k in range(POINTS):
-            close(t[k * size + row], time)
-            close(x[k * size + row], tensor(state), 1e-7, 1e-10)
-            a, b = hand_ab(name, time)
-            mean = W * M
-            eps = b * (state - a * mean) / (a**2 * S**2 + b**2)
-            x0 = mean + a * S**2 * (state - a * mean) / (a**2 * S**2 + b**2)
-            time = path.t_max * (1 - (k + 1 - shift[row].item()) / (POINTS - 1))
-            time = max(path.snap(tensor(time)).item(), path.t_min)
-            c, d = hand_ab(name, time)
-            state = c * x0 + d * eps
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "flow", "table"])
-def test_the_states_are_those_of_the_guided_way(name):
-    states_are_those_of_the_guided_way(AGD, name)
+def test_it_is_asked_at_the_states_of_its_way(name):
+    asked_at_the_states_of_its_way(AGD, name)
 
 
 def gradient_is_that_of_the_mean(cls, name="vp"):
     """The student's x0 is off by b^2 / V (mu - w m), its eps by a b / V of it: the larger one, squared, by mu."""
-    path, z = make_path(name), checks.noise(seed=40)
+    path = make_path(name)
     student = Seen(path, M)
-    loss = play(build(cls, path, student), z)
+    loss = play(cls, path, student)
     a, b = path.ab(student.asked[1])
     off = torch.maximum(b**2, a * b) / (a**2 * S**2 + b**2)
     close(loss, (off**2).mean() * ((W - 1) * M) ** 2)
@@ -132,16 +117,9 @@ def test_adapters_start_as_nothing_and_are_all_that_is_trained():
 
 def test_without_guidance_there_is_nothing_to_learn():
     """A student that is the teacher has no loss at scale 1, and some at 2."""
+    path = make_path("vp")
     for scale, zero in ((1.0, True), (2.0, False)):
-        method = small("agd", guidance=scale)
-        method.student = method.teacher
-        (turn,) = method.step(small_batch(), 0)
-        assert (turn.terms["guide"] < 1e-20) == zero
-
-
-def test_a_way_has_two_ends():
-    with pytest.raises(InputError, match="points=1 must be at least 2"):
-        small("agd", points=1)
+        assert (play(AGD, path, Shifting(path), scale) < 1e-20) == zero
 
 
 def mean(module):
@@ -149,7 +127,7 @@ def mean(module):
 
 
 def states(module):
-    states_are_those_of_the_guided_way(module.AGD, "vp")
+    asked_at_the_states_of_its_way(module.AGD, "vp")
 
 
 def gradient(module):
@@ -157,12 +135,10 @@ def gradient(module):
 
 
 MUTANTS = [
-    ("self.guide(self.teacher)", "self.teacher", mean),
-    ("path.mix(est.x0, est.eps, t)", "path.mix(est.x0, batch.noise, t)", states),
-    ("(k + 1 - shift)", "(k + shift)", states),
-    (".clamp_min(path.t_min)", "", states),
-    ("est, x0, eps)", "est, eps, x0)", mean),
-    ("torch.cat([v] * self.points)", "torch.cat([v - 1] * self.points)", states),
+    ("self.count).long()", "self.count).long() * 0", states),
+    ("k, k + 1)", "k, 0 * k + self.count)", mean),
+    ("said.x0, said.eps", "said.eps, said.x0", mean),
+    ("terms.truncated_snr(est, said.x0, said.eps)", "(est.eps - said.eps).square().mean()", gradient),
 ]
 
 

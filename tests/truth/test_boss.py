@@ -16,18 +16,26 @@ from onestroke.methods.flow.boss import Boss, cheapest
 from onestroke.paths import Estimate, like
 from onestroke.run import plan_run
 from onestroke.sampling import FewStep
+from onestroke.solvers import way
 from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
 from truth.checks import F64, close, hand_ab, labels, make_path, tensor
-from truth.pair_checks import PATHS, S, end_of
+from truth.pair_checks import PATHS, S
 from truth.test_mutants import broken
+from truth.test_ways import by_hand
 
 SOURCE = "onestroke.methods.flow.boss"
 
 
-def build(cls, path, student, teacher, steps=1, **options):
+def build(cls, path, student, steps=1, fine=8, **options):
     few = FewStep(path, path.grid(steps), renoise="implied")
-    return cls(replace(checks.parts(path, teacher, student, None), few=few), **options)
+    return cls(replace(checks.parts(path, None, student, None), few=few, solver_steps=fine), **options)
+
+
+def batch(path, z, u, fine=8):
+    """A batch of the ways of N(0, S^2) from z; its own noise is another."""
+    ways = way(GaussianMixture(path, tensor([0.0]), S), path, z, labels(len(z)), fine)
+    return Batch(z.flip(0), labels(len(z)), At(z, u), ways=ways)
 
 
 class At(checks.Given):
@@ -69,10 +77,9 @@ def gain(knots, kappa):
 
 def first_round(cls, steps, fine=100):
     """The method after its first question is answered by itself, on a Gaussian of mean 0 and deviation 1 / 2."""
-    path, z = make_path("flow"), noise_of_one()
-    teacher = GaussianMixture(path, tensor([0.0]), S)
-    method = build(cls, path, checks.Slope(path), teacher, steps, fine=fine, knots="best")
-    game = method.step(Batch(z, labels(len(z)), At(z, 0.0)), 0)
+    path = make_path("flow")
+    method = build(cls, path, checks.Slope(path), steps, fine, knots="best")
+    game = method.step(batch(path, noise_of_one(), 0.0, fine), 0)
     question = next(game)
     assert isinstance(question, Mean)
     game.send(question.value)
@@ -131,14 +138,8 @@ def straightened(name, steps, fine):
     kappa = (a c S^2 + b d) / (a^2 S^2 + b^2)."""
     path = make_path(name)
     few, part = path.grid(steps), fine // steps
-    ends = [(t, s, i / part) for t, s in itertools.pairwise([*few, 0.0]) for i in range(part)]
-    times = [path.snap(tensor(t + (s - t) * u)).item() for t, s, u in ends]
-    scale, states = end_of(path)[2], []
-    for k, t in enumerate(times):
-        states.append(scale)
-        a, b = hand_ab(name, t)
-        c, d = hand_ab(name, times[k + 1]) if k + 1 < fine else (1.0, 0.0)
-        scale *= (a * c * S**2 + b * d) / (a**2 * S**2 + b**2)
+    _, (states,), _ = by_hand(name, path, tensor([1.0]), fine, 0.0)
+    *states, scale = states.flatten().tolist()
     table = {}
     for k in range(steps):
         (a, b), x = hand_ab(name, few[k]), states[k * part]
@@ -154,12 +155,12 @@ def straight_is_where_small_steps_end(cls, name, steps=4, fine=8):
     """The loss vanishes at the chords of every knot, is the velocity error off them, and the student's own few steps
     then end where the teacher's small ones do."""
     path, table, end = straightened(name, steps, fine)
-    teacher, z = GaussianMixture(path, tensor([0.0]), S), checks.noise()
+    z = checks.noise()
     u = (torch.arange(8) % steps + 0.5) / steps  # every chord
     for off in (0.0, 0.3):
         student = Chords(path, table, off)
-        method = build(cls, path, student, teacher, steps, fine=fine)
-        close(checks.losses(method, Batch(z, labels(8), At(z, u)))["chord"], tensor(off).square().sum(), 1e-6, 1e-12)
+        method = build(cls, path, student, steps, fine, knots="grid")
+        close(checks.losses(method, batch(path, z, u, fine))["chord"], tensor(off).square().sum(), 1e-6, 1e-12)
         if not off:
             close(method.few.sample(student, z, labels(8)), end * z, 1e-7)
             assert method.few.times == path.grid(steps)
@@ -180,9 +181,9 @@ class Asked(nn.Module):
 
 
 def test_it_is_trained_at_its_knots_alone():
-    method, _ = first_round(Boss, 2)
-    method.student, z = Asked(), noise_of_one()
-    list(method.step(Batch(z, labels(4), At(z, tensor(0.0, 0.4, 0.6, 0.99))), 1))
+    method, path = first_round(Boss, 2)
+    method.student = Asked()
+    list(method.step(batch(path, noise_of_one(), tensor(0.0, 0.4, 0.6, 0.99), 100), 1))
     close(method.student.t, tensor(1.0, 1.0, 0.32, 0.32))
 
 
@@ -193,20 +194,22 @@ def test_it_is_trained_at_its_knots_alone():
     ("options", "said"),
     [
         ({"knots": "own"}, "knots='own' must be one of grid, best"),
-        ({"fine": 3}, "a grid of 3 steps has no 2 equal segments; take a multiple of 2"),
-        ({"fine": 1000}, "a grid of 1000 steps has more of them than the teacher has times"),
+        ({"fine": 5}, r"the student's times \(1.0, 0.4994\d+\) are not among those of the teacher's ways"),
+        ({"fine": 24}, "a grid of 24 steps leaves the noise end out; take a divisor of the teacher's times"),
     ],
 )
 def test_bad_options(options, said):
     path = make_path("table")
     with pytest.raises(InputError, match=said):
-        build(Boss, path, checks.Slope(path), checks.two_modes(path), 2, **options)
+        build(Boss, path, checks.Slope(path), 2, **options)
 
 
-def test_a_pipeline_carries_no_times_of_its_own():
-    with pytest.raises(InputError, match="has times of its own, which a plain pipeline's scheduler does not carry"):
-        plan_run("emoji64", "boss", ["a"], {"knots": "best"})
-    assert "knots" not in plan_run("emoji64", "boss", ["a"], {})[2]
+def test_several_students_have_one_sampler():
+    two = {"students": 2, "student_steps": 2}
+    with pytest.raises(InputError, match="several students draw at the same times"):
+        plan_run("emoji64", "boss", ["a"], two)
+    assert plan_run("emoji64", "boss", ["a"], {**two, "knots": "grid"})[1].students == 2
+    assert plan_run("emoji64", "boss", ["a"], {"students": 2})[1].students == 2
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------
@@ -230,10 +233,10 @@ MUTANTS = [
     ("(cost + best).min(1)", "(cost + best).min(0)", brute),
     ("choices.insert(0, choice)", "choices.append(choice)", brute),
     ("(a[j] + b[j]).to(est.x0)", "a[j].to(est.x0)", knots),
-    ("- states[j]", "- states[i]", knots),
-    ("line.x0, y)", "line.x0, line.x0)", chords),
+    ("- ways[j]", "- ways[i]", knots),
+    ("- ways[-1]", "- ways[0]", knots),
+    ("here, here + 1", "here, 0 * here + last", knots),
     ("self.marks[k], self.marks[k + 1]", "self.marks[k], self.marks[k] + 1", chords),
-    ("else est.x0\n", "else x\n", chords),
 ]
 
 

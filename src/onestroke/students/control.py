@@ -133,7 +133,7 @@ class Controlled:
         model = self.student.model
         network, branch = getattr(model.pipeline, model.part), getattr(model.net, "branch", None)
         height, width = model.size
-        call = model.plain_call(steps or self.student.card["student_steps"])
+        call = model.plain_call(self.student.calls(steps))
         call |= {"height": height, "width": width, "controlnet_conditioning_scale": float(scale)}
         drawn: list[Image.Image] = []
         for i in range(0, len(prompts), batch_size):

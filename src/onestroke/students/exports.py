@@ -253,8 +253,8 @@ def bare_text(cond: Cond, row: int) -> Tensor:
 def schedule(few: FewStep) -> dict[str, dict[str, Any]]:
     """Per number of steps: what multiplies the first noise, and (t, a, b) of every call, of input a x0 + b eps."""
     start, table, trained = {}, {}, len(few.times)
-    for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) else {trained}):
-        times = few.path.grid(steps)
+    for steps in sorted({trained, *GRIDS} if isinstance(few.path, Table) and few.gridded else {trained}):
+        times = few.times if steps == trained else few.path.grid(steps)
         t = torch.tensor(times, dtype=torch.float64)
         start[str(steps)] = FewStep(few.path, times, few.start).first
         table[str(steps)] = torch.stack([t, *few.path.ab(t)], 1).tolist()

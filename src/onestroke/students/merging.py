@@ -16,7 +16,7 @@ from onestroke.run import check_empty
 from onestroke.students.student import CARD, Student, load_student, read_card
 from onestroke.teachers.branch import BRANCH, save_branch
 
-SAME = ("student_steps", "renoise", "encoder", "size")  # of the cards
+SAME = ("student_steps", "times", "renoise", "encoder", "size")  # of the cards
 
 
 def blended(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -153,6 +153,7 @@ def data_use(method: str, recipe: dict[str, Any]) -> str:
     said = {
         "x0": "real images, whose captions are the prompts",
         "pairs": "pairs of noise and the teacher's own pictures",
+        "ways": "the teacher's own ways from noise to picture",
         "reward": "a reward of the student's pictures",
     }
     return ", ".join([count, *(said[need] for need in sorted(needs & said.keys()))]) + "; no real images" * (

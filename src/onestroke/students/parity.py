@@ -87,14 +87,14 @@ def by_training_sampler(
     return Drawn(x0.float().cpu(), images.float().cpu())
 
 
-def by_diffusers(pipeline: Any, model: PipelineTeacher, steps: int) -> Drawn:
-    """What a plain diffusers pipeline draws in `steps` calls, called as `model` says."""
+def by_diffusers(pipeline: Any, model: PipelineTeacher, few: FewStep) -> Drawn:
+    """What a plain diffusers pipeline draws, called as `model` says that `few` is."""
     pipeline.set_progress_bar_config(disable=True)
 
     def call(kind: str) -> Tensor:
         torch.manual_seed(0)
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        return pipeline(list(PROMPTS), generator=generators, output_type=kind, **model.plain_call(steps)).images
+        return pipeline(list(PROMPTS), generator=generators, output_type=kind, **model.plain_call(few)).images
 
     with exact():
         latents = call("latent")
@@ -213,11 +213,11 @@ def check_pipeline(
             drawn, reference = (by_training_sampler(m, n, few) for m, n in ((read, read.net), (model, net)))
             more["sampler"] = "onestroke"
         else:
-            drawn = by_diffusers(pipeline, model, len(few.times))
+            drawn = by_diffusers(pipeline, model, few)
             if (out / BRANCH).is_file():
                 bare, branch = drawn, read_branch(out / BRANCH, network)
                 with steered(network, model.call, {}, branch):
-                    drawn = by_diffusers(pipeline, model, len(few.times))
+                    drawn = by_diffusers(pipeline, model, few)
                 more["without_branch"] = gap(drawn, bare)
             reference = closest(drawn, model, net, few, dtype)
     check(

@@ -78,7 +78,8 @@ def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Pa
     if found := adapters(net):
         save_lora(found, out / LORA)
     how: dict[str, Any] = {"encoder": few.encoder} if few.ahead else {}
-    how |= {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(len(few.times))}
+    how |= {} if few.gridded else {"times": few.times}
+    how |= {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(few)}
     how["weights"] = {"student": weights_of(whole), "teacher": weights_of(teacher.net)}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -109,21 +110,34 @@ class Student:
     def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
         self.model, self.card, self.folder = model, card, folder
         how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
-        self.few = FewStep(model.path, model.path.grid(card["student_steps"]), **how)
+        times = tuple(card["times"]) if "times" in card else model.path.grid(card["student_steps"])
+        self.few = FewStep(model.path, times, **how)
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
         self.model.net.to(device)  # more than the pipeline's own, where several students are one
         return self
 
+    def calls(self, steps: int | None = None) -> FewStep:
+        """How it is called to draw in so many steps, by default in as many as it was trained for.
+
+        Raises InputError for a number that its times do not go with.
+        """
+        if steps is None or steps == len(self.few.times):
+            return self.few
+        if "times" in self.card:
+            raise InputError(f"this student draws in {len(self.few.times)} steps, at times of its own, not in {steps}.")
+        if not 1 <= steps <= self.model.path.num_timesteps:
+            raise InputError(f"a student draws in 1 to {self.model.path.num_timesteps} steps, not {steps}.")
+        return replace(self.few, times=self.model.path.grid(steps))
+
     @torch.no_grad()
     def latents(self, cond: Cond, seed: int = 0, steps: int | None = None) -> Tensor:
         """x0 (B, C, H, W) by the sampler the student was trained with."""
-        if steps is not None and not 1 <= steps <= self.model.path.num_timesteps:
-            raise InputError(f"a student draws in 1 to {self.model.path.num_timesteps} steps, not {steps}.")
         noise = SeededNoise(len(next(iter(cond.values()))), seed)
-        few = self.few if steps is None else replace(self.few, times=self.model.path.grid(steps))
-        return few.sample(self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
+        return self.calls(steps).sample(
+            self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise
+        )
 
     def __call__(
         self,

@@ -14,7 +14,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -25,7 +32,7 @@ from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.sampling import FewStep
 from onestroke.teachers.cache import cached, digest_of
-from onestroke.teachers.calls import FLOW_KEYS, Caller, padded
+from onestroke.teachers.calls import FLOW_KEYS, Caller, clock, padded
 from onestroke.teachers.dit import DiTDenoiser
 from onestroke.teachers.unet import UNetDenoiser
 
@@ -77,6 +84,17 @@ def class_of(name: Any, source: str | Path) -> Any:
     if not drawn or more or not {"vae", "scheduler"} <= parts.keys() or len(set(NETWORKS) & parts.keys()) != 1:
         raise InputError(f"{source} is a {name}; onestroke reads {READS}.")
     return cls
+
+
+def time_keyword(pipeline: type, flow: bool) -> str:
+    """The keyword of a pipeline's call that takes the times of its own scheduler's kind: noise levels of a flow, whole
+    timesteps of a table. Raises InputError where it has none."""
+    found = "sigmas" if flow else "timesteps"
+    if found not in inspect.signature(pipeline.__call__).parameters:  # type: ignore[operator]
+        raise InputError(
+            f"a {pipeline.__name__} takes no {found}; choose options that leave a student the usual times."
+        )
+    return found
 
 
 def inspect_folder(folder: Path) -> None:
@@ -478,9 +496,16 @@ class PipelineTeacher:
 
     # ---- students ------------------------------------------------------------------------------------------------
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, few: FewStep) -> dict[str, Any]:
         """The keyword arguments with which the plain pipeline draws what a student of this teacher draws."""
-        return {"num_inference_steps": steps, **self.caller.keywords()}
+        own = {} if few.gridded else self.own_times(few)
+        return {"num_inference_steps": len(few.times), **own, **self.caller.keywords()}
+
+    def own_times(self, few: FewStep) -> dict[str, list[float]]:
+        """The keyword argument that gives the pipeline `few`'s times. Raises InputError where it takes none."""
+        flow = isinstance(self.path, Flow)
+        times = clock(self.path, torch.tensor(few.times, dtype=torch.float64)).round().to(torch.int64).tolist()
+        return {time_keyword(type(self.pipeline), flow): list(few.times) if flow else times}
 
     def student_pipeline(self, net: nn.Module, few: FewStep) -> Any:
         """The ordinary pipeline that draws as `few.sample(net, ...)` does: its scheduler carries the times."""
@@ -490,13 +515,16 @@ class PipelineTeacher:
         return pipeline
 
     def student_scheduler(self, few: FewStep) -> Any:
-        """The scheduler that calls a network as `few` does. Raises InputError where there is none."""
+        """The scheduler that calls a network as `few` does; of times that are its own, when the pipeline is called by
+        `plain_call`. Raises InputError where there is none."""
         steps, path, config = len(few.times), self.path, self.pipeline.scheduler.config
-        other = few.renoise == "fixed" or (few.renoise == "fresh" and few.eta < 1)
-        if few.start != "unit" or few.times != path.grid(steps) or (steps > 1 and other):
+        other = few.renoise == "fixed" or (few.renoise == "fresh" and (few.eta < 1 or not few.gridded))
+        if few.start != "unit" or (steps > 1 and other):
             raise InputError(
                 f"times {few.times} from {few.start!r} noise, then {few.renoise!r}, have no standard scheduler."
             )
+        if not few.gridded and self.own_times(few):
+            return told_times(config, isinstance(path, Flow))
         if isinstance(path, Table):
             plain = {"clip_sample": False, "thresholding": False}
             if few.renoise == "implied":
@@ -513,6 +541,21 @@ class PipelineTeacher:
         kept |= {"use_dynamic_shifting": False, "stochastic_sampling": steps == 1 or few.renoise == "fresh"}
         own = path if steps == 1 or path.terminal is not None else stretched(path, steps)
         return FlowMatchEulerDiscreteScheduler(**{**kept, "shift": own.shift, "shift_terminal": own.terminal or None})
+
+
+def told_times(config: Mapping[str, Any], flow: bool) -> Any:
+    """The scheduler of DDIM steps, which are Euler's of a flow, between the times that it is told.
+
+    A table that ends without signal is written out, its last entry the least that float32 knows: the scheduler's own is
+    2^-24, from whose square root a first step would differ.
+    """
+    if flow:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"])
+    ddim: dict[str, Any] = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    if config.get("rescale_betas_zero_snr"):
+        betas = DDPMScheduler.from_config(config).betas.clamp_max(1 - torch.finfo(torch.float32).eps / 2)
+        ddim |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    return DPMSolverMultistepScheduler.from_config(config, thresholding=False, **ddim)
 
 
 def stretched(path: Flow, steps: int) -> Flow:

@@ -26,6 +26,7 @@ from onestroke.denoiser import Denoiser, checkpointed
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
+from onestroke.pairs import Stack
 from onestroke.paths import Cond
 from onestroke.settings import Settings
 from onestroke.training.offload import Offload, main_memory
@@ -35,12 +36,13 @@ from onestroke.training.progress import Progress
 
 @dataclass(frozen=True)
 class Data:
-    """What batches are made of: rows of conditions, and of real latents or pairs where a method needs them."""
+    """What batches are made of: rows of conditions, and of real latents, pairs or ways where a method needs them."""
 
     shape: tuple[int, ...]  # of one latent
     cond: Cond  # (N, ...)
     x0: Tensor | None = None  # (N, *shape)
     pairs: Pairs | None = None  # (M, *shape) each; pair i is of condition i modulo N
+    ways: Tensor | Stack | None = None  # (M, K + 1, *shape), of the pairs
 
     def __len__(self) -> int:
         return len(next(iter(self.cond.values())) if self.pairs is None else self.pairs.noise)
@@ -49,10 +51,11 @@ class Data:
         rows = draw.index(len(self))
         noise = draw.normal(self.shape)
         pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
+        ways = None if self.ways is None else self.ways[rows].to(device)
         rows = rows % len(next(iter(self.cond.values())))
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         x0 = None if self.x0 is None else self.x0[rows].to(device)
-        return Batch(noise, cond, draw, x0, pairs)
+        return Batch(noise, cond, draw, x0, pairs, ways)
 
 
 def live(module: nn.Module) -> dict[str, nn.Parameter]:

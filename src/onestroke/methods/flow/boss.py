@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestroke import terms, times
+from onestroke import terms
 from onestroke.errors import InputError
 from onestroke.method import Batch, Mean, Method, Parts, Turn
-from onestroke.paths import Estimate, like
 from onestroke.sampling import FewStep
+from onestroke.solvers import chord, stops
 
 KNOTS = ("grid", "best")
 
@@ -37,83 +37,73 @@ def cheapest(cost: Tensor, steps: int) -> list[int]:
 class Boss(Method):
     """Nguyen, Nguyen and Nguyen, "Bellman Optimal Stepsize Straightening of Flow-Matching Models".
 
-    The teacher goes from noise to picture in `fine` small steps. The cost of a jump from one of its states to a later
-    one is the squared distance of a single step's end from that state; dynamic programming finds the few knots whose
-    jumps cost least. Then the student's velocity eps - x0 at the state of a knot regresses that of the chord to the
-    next knot's state: sampled at the knots, it ends where the small steps do.
+    The teacher's ways from noise to picture are stored in many small steps. The cost of a jump from one state to a
+    later one is the squared distance of a single step's end from that state; dynamic programming finds the few knots
+    whose jumps cost least. Then the student's velocity eps - x0 at the state of a knot regresses that of the chord to
+    the next knot's state: sampled at the knots, it ends where the small steps do.
 
-    fine: of the teacher's steps, each a call in every round; ours 24 (published 100, of ways stored beforehand). knots:
-    "grid" (ours), the times that the student has, the only ones that a plain pipeline's scheduler carries; "best" (the
-    paper), those that the first round finds, which the student is then sampled at.
+    knots: "best" (the paper), those that the first round finds, which the student is then sampled at: its pipeline is
+    called with them; "grid", those of a plain scheduler, for pipelines that take no times.
     Ours: any path, by DDIM steps, which are Euler's on the straight one, where the published flows live and whose
-    scale the cost has; ways of fresh noise instead of 5,000 stored ones. The run's guidance guides the teacher.
-    Published settings: costs of 100 noises, 12,000 rounds of 15, LoRA as an option.
+    scale the cost has. The run's guidance is in the ways; their number and that of their steps are its settings.
+    Published settings: ways of 100 steps, costs of 100 of them (ours: of the first round's), then 5,000 (pair_count);
+    12,000 rounds of 15, LoRA as an option.
     """
 
     players = ("student",)
+    needs = frozenset({"ways"})
     paper = "BOSS, arXiv 2312.16414"
-    passes = {"student": 1, "teacher": 48}
+    passes = {"student": 1}
     max_steps = 8
-    defaults = {"renoise": "implied", "batch_size": 15}
+    defaults = {"renoise": "implied", "batch_size": 15, "solver": "ddim", "solver_steps": 100}
 
     marks: Tensor
 
-    def __init__(self, parts: Parts, fine: int = 24, knots: str = "grid"):
+    def __init__(self, parts: Parts, knots: str = "best"):
         super().__init__(parts)
-        count = len(parts.few.times)
         if knots not in KNOTS:
             raise InputError(f"knots={knots!r} must be one of {', '.join(KNOTS)}.")
-        if count > 1 and parts.few.renoise != "implied":
+        if len(parts.few.times) > 1 and parts.few.renoise != "implied":
             raise InputError("a student of DDIM steps needs renoise=implied.")
         self.student, self.teacher, self.start = parts.student, parts.teacher, parts.few
-        self.path, self.guide, self.search = parts.path, parts.guide, knots == "best"
-        self.times = times.cut(parts.path, (0.0, *reversed(parts.few.times)), fine).flip(0)[:-1].tolist()
-        self.register_buffer("marks", torch.arange(0, fine + 1, fine // count))
+        self.path, self.search, self.times = parts.path, knots == "best", stops(parts.path, parts.solver_steps)
+        grid = torch.tensor((*parts.few.times, 0.0), dtype=torch.float64)
+        near = (grid[:, None] - self.times).abs().min(1)
+        if (near.values > 1e-9).any():
+            raise InputError(f"the student's times {parts.few.times} are not among those of the teacher's ways.")
+        self.register_buffer("marks", near.indices)
 
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return frozenset({"times"} if options["knots"] == "best" else ())
+        return cls.needs | ({"times"} if options["knots"] == "best" else set())
 
     @property
     def few(self) -> FewStep:
         """How the student is called: at its knots."""
-        return replace(self.start, times=tuple(self.times[i] for i in self.marks[:-1].tolist()))
+        return replace(self.start, times=tuple(self.times[self.marks[:-1].cpu()].tolist()))
 
-    @torch.no_grad()
-    def way(self, batch: Batch) -> tuple[list[Tensor], list[Estimate]]:
-        """The teacher's states, of which the last is the picture, and what it believes at all but that."""
-        x, teacher, states, beliefs = self.start.input(batch.noise), self.guide(self.teacher), [], []
-        for k, time in enumerate(self.times):
-            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
-            est = teacher(x, t, batch.cond)
-            states.append(x)
-            beliefs.append(est)
-            x = self.path.mix(est.x0, est.eps, 0 * t + self.times[k + 1]) if k + 1 < len(self.times) else est.x0
-        return [*states, x], beliefs
-
-    def costs(self, states: list[Tensor], beliefs: list[Estimate]) -> Tensor:
-        """(K + 1, K + 1): the mean squared distance of one step's end from the state there, where a + b = 1."""
-        a, b = self.path.ab(torch.tensor(self.times, dtype=torch.float64, device=states[0].device))
-        cost = torch.zeros(len(states), len(states), dtype=torch.float64, device=states[0].device)
-        for i, est in enumerate(beliefs):
-            for j in range(i + 1, len(beliefs)):
-                off = (a[j].to(est.x0) * est.x0 + b[j].to(est.x0) * est.eps - states[j]) / (a[j] + b[j]).to(est.x0)
+    def costs(self, states: Tensor) -> Tensor:
+        """(K + 1, K + 1) of ways (B, K + 1, *D): the mean squared distance of one step's end from the state there,
+        where a + b = 1."""
+        ways, last = states.unbind(1), states.shape[1] - 1
+        a, b = self.path.ab(self.times.to(states.device))
+        cost = torch.zeros(last + 1, last + 1, dtype=torch.float64, device=states.device)
+        for i in range(last):
+            here = torch.full((len(states),), i, device=states.device)
+            _, _, est = chord(self.path, states, here, here + 1)
+            for j in range(i + 1, last):
+                off = (a[j].to(est.x0) * est.x0 + b[j].to(est.x0) * est.eps - ways[j]) / (a[j] + b[j]).to(est.x0)
                 cost[i, j] = off.square().mean()
-            cost[i, -1] = (est.x0 - states[-1]).square().mean()
+            cost[i, -1] = (est.x0 - ways[-1]).square().mean()
         return cost
 
     def step(self, batch: Batch, step: int):
-        states, beliefs = self.way(batch)
+        assert batch.ways is not None
         if self.search and step == 0:
-            cost = yield Mean(self.costs(states, beliefs))
+            cost = yield Mean(self.costs(batch.ways))
             self.marks.copy_(torch.tensor(cheapest(cost, len(self.marks) - 1)))
 
         k = (batch.draw.uniform() * (len(self.marks) - 1)).long()
-        rows = torch.arange(len(k), device=k.device)
-        grid = torch.tensor((*self.times, 0.0), dtype=torch.float64, device=k.device)
-        way, (i, j) = torch.stack(states), (self.marks[k], self.marks[k + 1])
-        x, y, t, s = way[i, rows], way[j, rows], grid[i], grid[j]
-        line = self.path.through(x, t, y, s)
-        x0 = torch.where(like(j < len(self.times), x) > 0, line.x0, y)  # whatever noise the path has at the data end
-        eps = self.path.split(x, x0, t, "x0").eps
-        yield Turn("student", {"chord": terms.straight(self.student, self.path, x0, eps, batch.cond, t)})
+        _, t, line = chord(self.path, batch.ways, self.marks[k], self.marks[k + 1])
+        loss = terms.straight(self.student, self.path, line.x0, line.eps, batch.cond, t)
+        yield Turn("student", {"chord": loss})
