@@ -23,6 +23,8 @@ from onestroke.solvers import solve, way
 from onestroke.training.progress import Progress
 
 INDEX = "pairs.json"
+FILES = "files_sha256"
+"""In it, of the files of the teacher's weights, where there are any: what is known before they are loaded."""
 SHARD = 1024
 """Pairs per file."""
 WAYS = 64
@@ -48,9 +50,9 @@ def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False) -> dict[
     return {"prompts_sha256": prompts_sha256, **asked, **({"ways": True} if ways else {})}
 
 
-def check_pairs(folder: Path, about: Mapping[str, Any]) -> None:
-    """Refuse a folder whose pairs were made otherwise, or without their ways where these are asked for; one without
-    pairs will do. Raises InputError."""
+def check_pairs(folder: Path, about: Mapping[str, Any], files: str = "") -> None:
+    """Refuse a folder whose pairs were made otherwise, by another teacher, or without their ways where these are asked
+    for; one without pairs will do. files: what `weights_sha256` says of the teacher's folder. Raises InputError."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder of pairs, or a new one for them.")
     if not (folder / INDEX).is_file():
@@ -64,6 +66,12 @@ def check_pairs(folder: Path, about: Mapping[str, Any]) -> None:
                 f"{folder} holds other pairs: their {key} is {found.get(key)!r}, not {value!r}. "
                 "Set it to theirs, or give another --pairs."
             )
+    if files and found.get(FILES, files) != files:
+        raise other_teacher(folder)
+
+
+def other_teacher(folder: Path) -> InputError:
+    return InputError(f"{folder} holds the pairs of another teacher; give another --pairs.")
 
 
 def fingerprint(parts: Parts) -> str:
@@ -83,30 +91,36 @@ def fingerprint(parts: Parts) -> str:
 
 
 def make_pairs(
-    parts: Parts, cond: Cond, about: Mapping[str, Any], folder: Path, count: int = 0, batch_size: int = 64
+    parts: Parts,
+    cond: Cond,
+    about: Mapping[str, Any],
+    folder: Path,
+    count: int = 0,
+    batch_size: int = 64,
+    files: str = "",
 ) -> tuple[Pairs, Stack | None]:
     """`count` pairs (default: one per condition) of the guided teacher; pair i is of condition i modulo their number.
     With their ways (count, K + 1, *D), in a folder that holds them, as one does that is made for them.
 
-    What `folder` lacks is made and kept there, each process its part, so that a run that was cut off continues. Raises
-    InputError for a folder of other pairs, of another teacher's, or with a broken file.
+    files: as in `check_pairs`. What `folder` lacks is made and kept there, each process its part, so that a run that
+    was cut off continues. Raises InputError for a folder of other pairs, of another teacher's, or with a broken file.
     """
     from accelerate import PartialState
 
-    check_pairs(folder, about)
+    check_pairs(folder, about, files)
     made, teacher = {"teacher_sha256": fingerprint(parts), **about}, "teacher_sha256"
     if (folder / INDEX).is_file():
         found = read_json(folder / INDEX)
         if found.get(teacher) != made[teacher]:
-            raise InputError(f"{folder} holds the pairs of another teacher; give another --pairs.")
-        made = found  # its ways are kept on, whoever asks for pairs alone
+            raise other_teacher(folder)
+        made = {k: v for k, v in found.items() if k != FILES}  # its ways are kept on, whoever asks for pairs alone
     state, count, size = PartialState(), count or _length(cond), WAYS if made.get("ways") else SHARD
     shards = [range(i, min(i + size, count)) for i in range(0, count, size)]
     missing = [i for i, rows in enumerate(shards) if _rows(folder, i) < len(rows)]
     state.wait_for_everyone()  # all have looked
     if state.is_main_process and not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX).write_text(json.dumps(made, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps({**made, FILES: files} if files else made, indent=1) + "\n")
     state.wait_for_everyone()
     parts.teacher.to(state.device)
     key = int(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12], 16)

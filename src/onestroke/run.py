@@ -190,6 +190,7 @@ def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, 
         rounds=run.steps,
         encode=lambda texts: {"label": torch.zeros(len(texts), dtype=torch.int64)},
         conditions=null,
+        solver_steps=run.solver_steps,
     )
     get_method(method)(parts, **options)
 
@@ -310,19 +311,24 @@ def distill(
     check_machine(run)
     needs = cls.needs_of({**options(cls), **chosen}) - ({"times"} if run.student_steps == 1 else set())
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs)
-    check_pairs(kept, about)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
-    from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in
+    from onestroke.solvers import stops
+    from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in, weights_sha256
 
+    files = ""
     if isinstance(source, Path):
         inspect_folder(source)
+        files = weights_sha256(source) if needs & {"pairs", "ways"} else ""
         check_network(source, needs)
         if "steering" in needs:
             from onestroke.teachers.nasa import check_steerable
 
             check_steerable(hollow_network(source))
     path, prediction = (teacher.path, teacher.net.prediction) if hasattr(teacher, "net") else schedule_in(source)
+    check_pairs(kept, about, files)
     rehearse(method, run, chosen, path, prediction)
+    if "ways" in needs:
+        stops(path, run.solver_steps)  # refuses steps that the path has no times for
     if run.layers < 1 and source is not teacher:
         from onestroke.teachers.depth import with_fewer_layers
 
@@ -372,7 +378,7 @@ def distill(
         teacher.own_times(parts.few)  # refuses a pipeline that takes none
     solved, ways = None, None
     if needs & {"pairs", "ways"}:
-        solved, ways = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size)
+        solved, ways = make_pairs(parts, cond, about, kept, run.pair_count, run.batch_size, files)
     teacher.park()
     trainer = Trainer(playing, Data(teacher.shape, cond, x0, solved, ways), run, out)
     if resume:

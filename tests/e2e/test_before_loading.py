@@ -8,15 +8,25 @@ import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import onestroke.teachers
 from onestroke import InputError, distill
 from onestroke.methods import METHODS, get_method
+from onestroke.teachers.pipeline import weights_sha256
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def unloaded(monkeypatch):
-    monkeypatch.setattr(onestroke.teachers, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    """Let no teacher be loaded; called, from then on."""
+
+    def forbid():
+        monkeypatch.setattr(onestroke.teachers, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+
+    forbid()
+    return forbid
 
 
 @pytest.fixture
@@ -42,6 +52,8 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("pcm", {"grid": 50, "student_steps": 4}, "a grid of 50 steps has no 4 equal segments"),
         ("mlcm", {"segments": 6}, "segments=6 must be the student's 1 step(s) doubled some times"),
         ("progressive", {"start": 6}, "start=6"),
+        ("boss", {"solver_steps": 30, "student_steps": 4}, "solver_steps=30 must be a multiple of student_steps=4"),
+        ("agd", {"solver_steps": 75}, "take a divisor of the teacher's times"),
         ("shortcut", {"grid": 100}, "grid=100 must be 2 doubled some times"),
         ("scm", {"velocity": "datum"}, "velocity 'datum'"),
         ("cd", {"scheme": "huen"}, "Did you mean 'heun'?"),
@@ -67,3 +79,20 @@ def test_a_prediction_that_is_singular(refused, pipeline_folder, tmp_path):
     config = json.loads(file.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
     file.write_text(json.dumps(config))
     refused("kd", "'eps' prediction is singular", folder)
+
+
+def test_pairs_of_another_teacher(refused, pipeline_folder, prompt_file, tmp_path, monkeypatch, unloaded):
+    """Told by the files of the weights, in whatever pieces they lie; the same ones elsewhere are the same teacher."""
+    monkeypatch.undo()
+    distill(str(pipeline_folder), method="kd", out=tmp_path / "run", prompts=prompt_file, steps=1, batch_size=2)
+    unloaded()
+    other, same = tmp_path / "other", tmp_path / "same"
+    for folder in (other, same):
+        shutil.copytree(pipeline_folder, folder)
+    weights = load_file(other / UNET)
+    save_file({k: v + 1 for k, v in weights.items()}, other / UNET, {"format": "pt"})
+    (same / UNET).unlink()
+    for k, part in enumerate((dict(list(weights.items())[:5]), dict(list(weights.items())[5:]))):
+        save_file(part, same / "unet" / f"{k}.safetensors", {"format": "pt"})
+    assert weights_sha256(same) == weights_sha256(pipeline_folder)
+    refused("kd", "holds the pairs of another teacher; give another --pairs", other, pairs=tmp_path / "run" / "pairs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -216,6 +217,21 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as tensors:
             found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 of the tensors of a pipeline's network by name, however many files they lie in; nothing is built."""
+    part, _ = network_of(folder)
+    files: dict[str, Any] = {}
+    for file in sorted((folder / part).glob("*.safetensors")):
+        tensors = safe_open(file, framework="pt")
+        files |= dict.fromkeys(tensors.keys(), tensors)
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        tensor = files[name].get_tensor(name)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # ---- reading it ------------------------------------------------------------------------------------------------------
