@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from onestroke import times
 from onestroke.denoiser import OnPath
+from onestroke.draws import Draws
 from onestroke.errors import unknown
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import Cond, Path, Trig, like
@@ -45,12 +46,12 @@ class SCM(Method):
     cos(tau)^2 (teacher - student) are warmed up: the student starts as the teacher. Weight: 1 / (sigma_data tan(tau)),
     over the loss that is learned for each level of noise.
 
-    mean, std: of the log noise-to-signal ratio, published -1 and 1.4 (1.6 on ImageNet). sigma_data: deviation of the
-    data, published 0.5 for data of that one. ramp: rounds of the warm-up, published 10,000. norm: published 0.1.
-    velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT): cos(tau) z - sin(tau)
-    x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned", "tan" without what is
-    learned, or "one": with it, mean=-0.8, std=1.6 and guidance_scale 5 this is the forward half of rCM (arXiv
-    2510.08431), whose warm-up is another. difference: 0, derivatives in forward mode; or the step in unit time of
+    sigma_data: deviation of the data as they come, 1 of latents; the levels and norm are in its units. mean, std: of
+    log tan(tau). Published tau = atan(e^n / 0.5), n of mean -1 and deviation 1.4 (1.6 on ImageNet), of data scaled to
+    0.5: a mean of -1 + log 2 = -0.307. norm: published 0.1 of such data, 0.1 / 0.5 = 0.2. ramp: rounds of the warm-up,
+    published 10,000. velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT):
+    cos(tau) z - sin(tau) x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned",
+    "tan" without what is learned, or "one". difference: 0, derivatives in forward mode; or the step in unit time of
     central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
     angle alone and begins near its rest, so that in short runs other terms do not outweigh this one.
@@ -67,11 +68,11 @@ class SCM(Method):
     def __init__(
         self,
         parts: Parts,
-        mean: float = -1.0,
+        mean: float = -0.307,
         std: float = 1.4,
         sigma_data: float = 1.0,
         ramp: int = 10_000,
-        norm: float = 0.1,
+        norm: float = 0.2,
         velocity: str = "teacher",
         weight: str = "learned",
         difference: float = 0.0,
@@ -92,6 +93,10 @@ class SCM(Method):
         """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
         return RADIAN * OnPath(net, self.path, self.angles).velocity(x, t, cond)
 
+    def level(self, draw: Draws, path: Path, mean: float, std: float) -> Tensor:
+        """The times (B,) of a path at which the logarithm of noise over data, log tan(tau), is normal."""
+        return times.log_normal(draw, path, mean + math.log(self.sigma_data), std)
+
     def change(self, x: Tensor, t: Tensor, dx: Tensor, cond: Cond, ramp: float) -> tuple[Tensor, Tensor]:
         """sigma_data F and g (B, *D) at x, where a trajectory goes through with dx/dtau."""
         cos, sin = (like(c, x) for c in Trig().ab(t))
@@ -102,16 +107,16 @@ class SCM(Method):
     def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
         """(B,): the weighted square of the change asked for, and the times of the path of angles."""
         assert batch.x0 is not None
-        t = times.log_normal(batch.draw, self.angles, self.mean, self.std)
+        t = self.level(batch.draw, self.angles, self.mean, self.std)
         x = self.angles.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             if self.velocity == "data":
                 dx = RADIAN * self.angles.join(batch.x0, batch.noise, t, "flow")
             else:
                 dx = self.speed(teacher, x, t, batch.cond)
-        old, g = self.change(x, t, dx, cond, min(1.0, step / self.ramp))
+        old, g = (v / self.sigma_data for v in self.change(x, t, dx, cond, min(1.0, step / self.ramp)))
         g = g / (like(g.flatten(1).norm(dim=1), g) + self.norm)
-        error = (self.speed(self.student, x, t, cond) - old) / self.sigma_data - g
+        error = self.speed(self.student, x, t, cond) / self.sigma_data - old - g
         a, b = self.angles.ab(t)
         weight = torch.ones_like(t) if self.scheme == "one" else a / b
         return error.square().flatten(1).mean(1) * weight.to(x), t
