@@ -10,10 +10,11 @@ import torch
 from onestroke.denoiser import OnPath
 from onestroke.draws import Draws
 from onestroke.errors import InputError
+from onestroke.method import Batch
 from onestroke.methods.consistency.scm import SCM, LogVariance
 from onestroke.paths import EDM, Estimate, Flow, Trig, like
 from truth import tangent_checks as checks
-from truth.checks import F64, close, make_path, tensor
+from truth.checks import F64, close, labels, make_path, tensor
 from truth.tangent_checks import PATHS, TIMES, Consistent, at, made
 from truth.test_mutants import broken
 
@@ -128,6 +129,48 @@ def half_angle(cls, sigma=0.5):
 
 def test_of_unit_data_the_network_is_half_the_angle():
     half_angle(SCM)
+
+
+class Gain(torch.nn.Module):
+    """F = gain(tau) x / sigma_data, a polynomial of five powers, zero at the start."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.powers = path, torch.nn.Parameter(torch.zeros(5, dtype=F64))
+
+    def gain(self, tau):
+        return (tau[:, None] / 1.5) ** torch.arange(1, 6) @ self.powers
+
+    def forward(self, x, t, cond):
+        tau = t * (math.pi / 2)
+        cos, sin = like(tau.cos(), x), like(tau.sin(), x)
+        x0 = cos * x - sin * like(self.gain(tau), x) * x
+        return Estimate(x0, (x - cos * x0) / (self.path.sigma_data * sin))
+
+
+def learns_half_the_angle(cls, sigma=0.5, rounds=100):
+    """Sheet 3.1, T3: from F = 0, which is the teacher's, to - tan(tau / 2) x / sigma_data on all angles."""
+    path = Trig(sigma_data=sigma)
+    student = Gain(path)
+    method = made(cls, path, student, checks.gauss(path, 0.0, sigma), sigma_data=sigma, ramp=rounds // 10)
+    players = {
+        "student": torch.optim.Adam(student.parameters(), lr=0.05, betas=(0.9, 0.9)),
+        "weight": torch.optim.Adam(method.weight.parameters(), lr=0.01),
+    }
+    for step in range(rounds):
+        players["student"].param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * step / rounds))
+        draw = Draws(0, step, 64)
+        noise, x0 = (draw.normal(torch.empty(64, 2, dtype=F64)) for _ in range(2))
+        for turn in method.step(Batch(noise, labels(64), draw, sigma * x0), step):
+            players[turn.player].zero_grad()
+            sum(turn.terms.values()).backward()
+            players[turn.player].step()
+    tau = torch.linspace(0, math.pi / 2, 50, dtype=F64)
+    assert (student.gain(tau) + (tau / 2).tan()).abs().max() <= 1e-2
+
+
+def test_training_finds_half_the_angle():
+    learns_half_the_angle(SCM)
 
 
 def without_a_teacher(cls):
@@ -263,6 +306,10 @@ def half(module):
     half_angle(module.SCM)
 
 
+def learns(module):
+    learns_half_the_angle(module.SCM)
+
+
 def weighs(module):
     weight(module.SCM)
 
@@ -283,6 +330,8 @@ MUTANTS = [
     ("ramp: int = 10_000", "ramp: int = 5_000", along),
     ("norm: float = 0.2", "norm: float = 0.1", along),
     ("- old - g", "- old + g", along),
+    ("- old - g", "- old + g", learns),
+    ("- ramp * (cos", "+ ramp * (cos", learns),
     ("else a / b", "else b / a", along),
     ("RADIAN * OnPath", "OnPath", along),
     ("cond) / self.sigma_data - old", "cond) - old", half),
