@@ -319,8 +319,8 @@ def drawn(module):
 
 
 MUTANTS = [
-    ("-(cos**2) * (f - dx)", "(cos**2) * (f - dx)", along),
-    ("-(cos**2) * (f - dx)", "-cos * (f - dx)", along),
+    ("-cos * self.held", "cos * self.held", along),
+    ("return cos\n", "return cos**2\n", along),
     ("- ramp * (cos", "+ ramp * (cos", along),
     ("(cos * sin * x + df)", "(cos * sin * x)", along),
     ("(cos * sin * x + df)", "(cos * x + df)", along),
@@ -329,8 +329,8 @@ MUTANTS = [
     ("min(1.0, step / self.ramp)", "1.0", along),
     ("ramp: int = 10_000", "ramp: int = 5_000", along),
     ("norm: float = 0.2", "norm: float = 0.1", along),
-    ("- old - g", "- old + g", along),
-    ("- old - g", "- old + g", learns),
+    ("- old - g /", "- old + g /", along),
+    ("- old - g /", "- old + g /", learns),
     ("- ramp * (cos", "+ ramp * (cos", learns),
     ("else a / b", "else b / a", along),
     ("RADIAN * OnPath", "OnPath", along),

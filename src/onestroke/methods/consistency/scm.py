@@ -13,7 +13,7 @@ from onestroke.draws import Draws
 from onestroke.errors import unknown
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import Cond, Path, Trig, like
-from onestroke.tangent import Tangent, overlap
+from onestroke.tangent import Field, Tangent, overlap
 
 RADIAN = 2 / math.pi
 """In unit time."""
@@ -83,7 +83,9 @@ class SCM(Method):
         if weight not in ("learned", "tan", "one"):
             raise unknown("weight", weight, ("learned", "tan", "one"))
         self.student: nn.Module = parts.student
-        self.teacher, self.weight = parts.teacher, LogVariance(parts.student, math.prod(parts.shape))
+        self.teacher = parts.teacher
+        if "weight" in self.players:
+            self.weight = LogVariance(parts.student, math.prod(parts.shape))
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
@@ -97,15 +99,23 @@ class SCM(Method):
         """The times (B,) of a path at which the logarithm of noise over data, log tan(tau), is normal."""
         return times.log_normal(draw, path, mean + math.log(self.sigma_data), std)
 
+    def derivative(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """A field at x (B, *D) and t (B,), and how it changes along (dx, dt)."""
+        return self.tangent(field, x, t, dx, dt)
+
+    def held(self, cos: Tensor, sin: Tensor, ramp: float) -> Tensor:
+        """What holds the student to the teacher, beside cos(tau)."""
+        return cos
+
     def change(self, x: Tensor, t: Tensor, dx: Tensor, cond: Cond, ramp: float) -> tuple[Tensor, Tensor]:
         """sigma_data F and g (B, *D) at x, where a trajectory goes through with dx/dtau."""
         cos, sin = (like(c, x) for c in Trig().ab(t))
         along = cos * sin * dx, (cos * sin).reshape(-1) * RADIAN
-        f, df = self.tangent(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
-        return f, -(cos**2) * (f - dx) - ramp * (cos * sin * x + df)
+        f, df = self.derivative(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
+        return f, -cos * self.held(cos, sin, ramp) * (f - dx) - ramp * (cos * sin * x + df)
 
-    def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
-        """(B,): the weighted square of the change asked for, and the times of the path of angles."""
+    def error(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """What F (B, *D) lacks of where g moves it, and the times (B,) of the path of angles."""
         assert batch.x0 is not None
         t = self.level(batch.draw, self.angles, self.mean, self.std)
         x = self.angles.mix(batch.x0, batch.noise, t)
@@ -115,11 +125,15 @@ class SCM(Method):
             else:
                 dx = self.speed(teacher, x, t, batch.cond)
         old, g = (v / self.sigma_data for v in self.change(x, t, dx, cond, min(1.0, step / self.ramp)))
-        g = g / (like(g.flatten(1).norm(dim=1), g) + self.norm)
-        error = self.speed(self.student, x, t, cond) / self.sigma_data - old - g
+        length = g.double().flatten(1).norm(dim=1) + self.norm
+        return self.speed(self.student, x, t, cond) / self.sigma_data - old - g / like(length, g), t
+
+    def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """(B,): the weighted square of the error, and its times."""
+        error, t = self.error(batch, cond, step, teacher)
         a, b = self.angles.ab(t)
         weight = torch.ones_like(t) if self.scheme == "one" else a / b
-        return error.square().flatten(1).mean(1) * weight.to(x), t
+        return error.square().flatten(1).mean(1) * weight.to(error), t
 
     def turns(self, loss: Tensor, t: Tensor, **more: Tensor):
         """The student's turn, `more` its other terms, and that of the learned weight."""
