@@ -28,8 +28,11 @@ class SanaSprint(SCM):
     sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that the network that is kept is that of
     the run's; the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read on
-    the path of angles without loss. Published: no images paired with wrong captions (an option),
-    QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000, clip 0.1.
+    the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
+    FlowMatchEuler's scheduler: the published sampler, but for its angles 1.5708 and 1.3. At those a SANA's student is
+    drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: no images paired with
+    wrong captions (an option), QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000,
+    clip 0.1.
     """
 
     players = ("student", "weight", "heads")
