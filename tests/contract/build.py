@@ -55,6 +55,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "pcm": {"grid": 12, "keep": 0.5},
     "pg-sb": {"lr": FAST, "null_rate": 0.1},
     "progressive": {"stage_steps": 0, "lr": 3e-3},
+    "rcm": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "sana-sprint": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "scm": {"ramp": 50, "lr": 1e-3, "ema": 0.995},
     "scott": {"grid": 50},

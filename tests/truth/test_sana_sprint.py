@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -32,12 +34,11 @@ class Told(Consistent):
 
 def made(cls, name, student, teacher, scale=1.0, **options):
     """The method on small networks, and these in their place."""
-    method = build("sana-sprint", name, "x0", scale)
-    fresh = cls.__new__(cls)
-    fresh.__dict__ = method.__dict__
+    with mock.patch("contract.build.get_method", return_value=cls):
+        method = build("sana-sprint", name, "x0", scale)
     for key, value in {"student": student, "teacher": teacher, "heads": gan.Linear(), **options}.items():
-        setattr(fresh, key, value)
-    return fresh
+        setattr(method, key, value)
+    return method
 
 
 def every_guidance(cls, name="vp"):
@@ -118,10 +119,15 @@ def levels(cls):
     first = t == 1
     assert first.double().mean().item() == pytest.approx(0.5, abs=2.5 / rows**0.5)
     assert x[first].std() == pytest.approx((1 + 80**2) ** 0.5, rel=0.1)
-    level = -path.log_snr(t[~first])
-    assert level.mean().item() == pytest.approx(0.2, abs=0.2)  # five deviations of 2000, cut off at 80
+    level = -path.log_snr(t[~first])  # log tan(tau) = n + log 2: tau = atan(e^n / 0.5), n of N(0.2, 1.6^2)
+    assert level.mean().item() == pytest.approx(0.8931, abs=0.2)  # five deviations of 2000, cut off at 80
     assert level.std().item() == pytest.approx(1.6, abs=0.12)
-    assert method.gan_level == (-0.6, 1.0)
+    with mock.patch.object(method, "judge", lambda x, cond, t, draw: seen.append(t) or x):
+        seen = []
+        next(method.step(batch._replace(x0=torch.zeros(rows, 1, dtype=torch.float64)), LATE))
+    judged = -path.log_snr(seen[0])  # n of N(-0.6, 1)
+    assert judged.mean().item() == pytest.approx(0.0931, abs=5 / rows**0.5)
+    assert judged.std().item() == pytest.approx(1, abs=5 / (2 * rows) ** 0.5)
     assert method.ramp == 2000
 
 
@@ -142,6 +148,9 @@ MUTANTS = [
     ("with frozen(self.teacher, self.heads)", "with frozen(self.teacher)", adversarial),
     ("0.5 * terms.gan_critic", "terms.gan_critic", adversarial),
     ("self.judge(x.detach()", "self.judge(x", adversarial),
+    ("mean: float = 0.893", "mean: float = 0.2", levels),
+    ("gan_mean: float = 0.093", "gan_mean: float = -0.6", levels),
+    ("gan_std: float = 1.0", "gan_std: float = 1.2", levels),
     ("first, noise = draw.uniform() < self.top,", "first, noise = draw.uniform() < 0.6,", levels),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onestroke import terms, times
+from onestroke import terms
 from onestroke.denoiser import TwoTimes
 from onestroke.draws import Draws
 from onestroke.method import Batch, Parts, Turn, frozen
@@ -20,15 +20,19 @@ class SanaSprint(SCM):
     input is noise alone, the student's sample must pass for real to heads on the tapped layers of the frozen teacher.
     The student reads which guidance the teacher has had: a small range around the run's guidance_scale.
 
-    mean, std: of the levels, published 0.2 and 1.6. gan: weight of the adversarial term, published 0.5. top: how often
-    its level is the first, published 0.5. gan_mean, gan_std: of the noise its samples are judged at, published -0.6 and
-    1. loss: of the GAN, published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance
-    there is none. ramp: rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
+    mean, std: of the levels, as in `scm`; published 0.2 and 1.6 of data scaled to 0.5, a mean of 0.2 + log 2 = 0.893.
+    gan: weight of the adversarial term, published 0.5. top: how often its level is the first, published 0.5. gan_mean,
+    gan_std: of the noise its samples are judged at, published -0.6 (-0.6 + log 2 = 0.093) and 1. loss: of the GAN,
+    published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance there is none. ramp:
+    rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
     sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that the network that is kept is that of
     the run's; the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read on
-    the path of angles without loss. Published: no images paired with wrong captions (an option),
-    QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000, clip 0.1.
+    the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
+    FlowMatchEuler's scheduler: the published sampler, but for its angles 1.5708 and 1.3. At those a SANA's student is
+    drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: no images paired with
+    wrong captions (an option), QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000,
+    clip 0.1.
     """
 
     players = ("student", "weight", "heads")
@@ -40,17 +44,17 @@ class SanaSprint(SCM):
     def __init__(
         self,
         parts: Parts,
-        mean: float = 0.2,
+        mean: float = 0.893,
         std: float = 1.6,
         sigma_data: float = 1.0,
         ramp: int = 2_000,
-        norm: float = 0.1,
+        norm: float = 0.2,
         velocity: str = "teacher",
         weight: str = "learned",
         difference: float = 0.0,
         gan: float = 0.5,
         top: float = 0.5,
-        gan_mean: float = -0.6,
+        gan_mean: float = 0.093,
         gan_std: float = 1.0,
         loss: str = "hinge",
         spread: float = 0.5,
@@ -69,7 +73,7 @@ class SanaSprint(SCM):
         draw, real = batch.draw, batch.x0
         assert real is not None
         first, noise = draw.uniform() < self.top, draw.normal(real)
-        t = torch.where(first, self.few.time(0, noise), times.log_normal(draw, self.path, self.mean, self.std))
+        t = torch.where(first, self.few.time(0, noise), self.level(draw, self.path, self.mean, self.std))
         x = torch.where(like(first, real) > 0, self.few.input(noise), self.path.mix(real, noise, t))
         return self.student(x, t, told).x0
 
@@ -81,12 +85,12 @@ class SanaSprint(SCM):
         guided = self.guide(self.teacher, self.scale + more if self.spread else None)
         loss, level = self.loss(batch, told, step, guided)
         x = self.sample(batch, told)
-        t = times.log_normal(draw, self.path, *self.gan_level)
+        t = self.level(draw, self.path, *self.gan_level)
         with frozen(self.teacher, self.heads):
             gan = self.gan * terms.gan_student(self.judge(x, cond, t, draw), self.kind)
             yield from self.turns(loss, level, gan=gan)
 
-        t = times.log_normal(draw, self.path, *self.gan_level)
+        t = self.level(draw, self.path, *self.gan_level)
         with frozen(self.teacher):
             logits = self.judge(real, cond, t, draw), self.judge(x.detach(), cond, t, draw)
             yield Turn("heads", {"gan": 0.5 * terms.gan_critic(*logits, self.kind)})

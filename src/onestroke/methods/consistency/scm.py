@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from onestroke import times
 from onestroke.denoiser import OnPath
+from onestroke.draws import Draws
 from onestroke.errors import unknown
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import Cond, Path, Trig, like
-from onestroke.tangent import Tangent, overlap
+from onestroke.tangent import Field, Tangent, overlap
 
 RADIAN = 2 / math.pi
 """In unit time."""
@@ -45,12 +46,12 @@ class SCM(Method):
     cos(tau)^2 (teacher - student) are warmed up: the student starts as the teacher. Weight: 1 / (sigma_data tan(tau)),
     over the loss that is learned for each level of noise.
 
-    mean, std: of the log noise-to-signal ratio, published -1 and 1.4 (1.6 on ImageNet). sigma_data: deviation of the
-    data, published 0.5 for data of that one. ramp: rounds of the warm-up, published 10,000. norm: published 0.1.
-    velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT): cos(tau) z - sin(tau)
-    x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned", "tan" without what is
-    learned, or "one": with it, mean=-0.8, std=1.6 and guidance_scale 5 this is the forward half of rCM (arXiv
-    2510.08431), whose warm-up is another. difference: 0, derivatives in forward mode; or the step in unit time of
+    sigma_data: deviation of the data as they come, 1 of latents; the levels and norm are in its units. mean, std: of
+    log tan(tau). Published tau = atan(e^n / 0.5), n of mean -1 and deviation 1.4 (1.6 on ImageNet), of data scaled to
+    0.5: a mean of -1 + log 2 = -0.307. norm: published 0.1 of such data, 0.1 / 0.5 = 0.2. ramp: rounds of the warm-up,
+    published 10,000. velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT):
+    cos(tau) z - sin(tau) x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned",
+    "tan" without what is learned, or "one". difference: 0, derivatives in forward mode; or the step in unit time of
     central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
     angle alone and begins near its rest, so that in short runs other terms do not outweigh this one.
@@ -67,11 +68,11 @@ class SCM(Method):
     def __init__(
         self,
         parts: Parts,
-        mean: float = -1.0,
+        mean: float = -0.307,
         std: float = 1.4,
         sigma_data: float = 1.0,
         ramp: int = 10_000,
-        norm: float = 0.1,
+        norm: float = 0.2,
         velocity: str = "teacher",
         weight: str = "learned",
         difference: float = 0.0,
@@ -82,7 +83,9 @@ class SCM(Method):
         if weight not in ("learned", "tan", "one"):
             raise unknown("weight", weight, ("learned", "tan", "one"))
         self.student: nn.Module = parts.student
-        self.teacher, self.weight = parts.teacher, LogVariance(parts.student, math.prod(parts.shape))
+        self.teacher = parts.teacher
+        if "weight" in self.players:
+            self.weight = LogVariance(parts.student, math.prod(parts.shape))
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
@@ -92,29 +95,45 @@ class SCM(Method):
         """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
         return RADIAN * OnPath(net, self.path, self.angles).velocity(x, t, cond)
 
+    def level(self, draw: Draws, path: Path, mean: float, std: float) -> Tensor:
+        """The times (B,) of a path at which the logarithm of noise over data, log tan(tau), is normal."""
+        return times.log_normal(draw, path, mean + math.log(self.sigma_data), std)
+
+    def derivative(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """A field at x (B, *D) and t (B,), and how it changes along (dx, dt)."""
+        return self.tangent(field, x, t, dx, dt)
+
+    def held(self, cos: Tensor, sin: Tensor, ramp: float) -> Tensor:
+        """What holds the student to the teacher, beside cos(tau)."""
+        return cos
+
     def change(self, x: Tensor, t: Tensor, dx: Tensor, cond: Cond, ramp: float) -> tuple[Tensor, Tensor]:
         """sigma_data F and g (B, *D) at x, where a trajectory goes through with dx/dtau."""
         cos, sin = (like(c, x) for c in Trig().ab(t))
         along = cos * sin * dx, (cos * sin).reshape(-1) * RADIAN
-        f, df = self.tangent(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
-        return f, -(cos**2) * (f - dx) - ramp * (cos * sin * x + df)
+        f, df = self.derivative(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
+        return f, -cos * self.held(cos, sin, ramp) * (f - dx) - ramp * (cos * sin * x + df)
 
-    def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
-        """(B,): the weighted square of the change asked for, and the times of the path of angles."""
+    def error(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """What F (B, *D) lacks of where g moves it, and the times (B,) of the path of angles."""
         assert batch.x0 is not None
-        t = times.log_normal(batch.draw, self.angles, self.mean, self.std)
+        t = self.level(batch.draw, self.angles, self.mean, self.std)
         x = self.angles.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             if self.velocity == "data":
                 dx = RADIAN * self.angles.join(batch.x0, batch.noise, t, "flow")
             else:
                 dx = self.speed(teacher, x, t, batch.cond)
-        old, g = self.change(x, t, dx, cond, min(1.0, step / self.ramp))
-        g = g / (like(g.flatten(1).norm(dim=1), g) + self.norm)
-        error = (self.speed(self.student, x, t, cond) - old) / self.sigma_data - g
+        old, g = (v / self.sigma_data for v in self.change(x, t, dx, cond, min(1.0, step / self.ramp)))
+        length = g.double().flatten(1).norm(dim=1) + self.norm
+        return self.speed(self.student, x, t, cond) / self.sigma_data - old - g / like(length, g), t
+
+    def loss(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+        """(B,): the weighted square of the error, and its times."""
+        error, t = self.error(batch, cond, step, teacher)
         a, b = self.angles.ab(t)
         weight = torch.ones_like(t) if self.scheme == "one" else a / b
-        return error.square().flatten(1).mean(1) * weight.to(x), t
+        return error.square().flatten(1).mean(1) * weight.to(error), t
 
     def turns(self, loss: Tensor, t: Tensor, **more: Tensor):
         """The student's turn, `more` its other terms, and that of the learned weight."""
