@@ -193,7 +193,7 @@ def check_lora(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A student's folder.")],
-    to: Annotated[str, typer.Option(help="diffusers, lora or onnx.")],
+    to: Annotated[str, typer.Option(help="diffusers, lora, onnx or sprint.")],
     out: Annotated[Path, typer.Option(help="Empty folder for it, its model card and parity.json.")],
     dtype: Annotated[str | None, typer.Option(help="Of diffusers: float32, float16 or bfloat16.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of lora: extract this rank; default 64, or as trained.")] = None,

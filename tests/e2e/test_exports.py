@@ -114,11 +114,12 @@ def test_lora_of_a_student_trained_as_lora_is_exact(adapted, pipeline_folder, tm
     out = onestroke.export(student, to="lora", out=tmp_path / "out")
     assert "lost_by_rank" not in parity(out)
     pipeline, loaded = plain(pipeline_folder), load_student(student)
-    before = by_diffusers(pipeline, loaded.model, 1)
+    call = loaded.model.plain_call(loaded.few)
+    before = by_diffusers(pipeline, loaded.model, {**call, "num_inference_steps": 1})
     pipeline.load_lora_weights(out, weight_name=LORA_FILE)
     pipeline.scheduler = loaded.model.pipeline.scheduler
     drawn, wanted = (
-        by_diffusers(pipeline, loaded.model, steps),
+        by_diffusers(pipeline, loaded.model, call),
         by_training_sampler(loaded.model, loaded.model.net, loaded.few),
     )
     assert max(gap(wanted, drawn).values()) <= 1e-4
@@ -248,7 +249,7 @@ def test_other_noise_is_another_picture(family):
     wrong = by_training_sampler(student.model, student.model.net, student.few, SeededNoise(2, 7))
     pipeline = open_plain(family)
     torch.manual_seed(0)
-    drawn = by_diffusers(pipeline, student.model, 4)
+    drawn = by_diffusers(pipeline, student.model, student.card["call"])
     assert max(gap(wrong, drawn).values()) > 0.05
 
 
@@ -459,6 +460,7 @@ def test_export_of_what_is_no_student(assert_refused, full, pipeline_folder, tmp
         (("--to", "onnx", "--dtype", "float16"), ("--dtype goes with --to diffusers, not --to onnx",)),
         (("--to", "diffusers", "--rank", "4"), ("--rank goes with --to lora",)),
         (("--to", "lora", "--rank", "0"), ("--rank 0 must be at least 1",)),
+        (("--to", "sprint"), ("a StableDiffusionPipeline is no SanaPipeline",)),
         (("--to", "lora", "--base", "emojy64"), ("unknown teacher", "Did you mean 'emoji64'?")),
         (("--to", "lora", "--base", "emoji64"), ("'emoji64' is another base", "--base")),
     ],

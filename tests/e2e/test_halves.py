@@ -88,10 +88,11 @@ def test_the_parallel_decoder_draws_as_diffusers_step_by_step(prediction):
     teacher = PipelineTeacher(tiny_pipeline(prediction, prediction != "epsilon"), "tiny")
     few = FewStep(teacher.path, teacher.path.grid(4), renoise="implied", encoder="once")
     ours, plain = by_training_sampler(teacher, teacher.net, few), teacher.student_pipeline(teacher.net, few)
+    call = teacher.plain_call(few)
     with replaying(plain.unet):
-        frozen = by_diffusers(plain, teacher, 4)
+        frozen = by_diffusers(plain, teacher, call)
     assert gap(ours, frozen)["latents"] <= 1e-5
-    assert gap(by_diffusers(plain, teacher, 4), frozen)["latents"] > 1e-3, "the encoder says the same in every step"
+    assert gap(by_diffusers(plain, teacher, call), frozen)["latents"] > 1e-3, "the encoder says the same in every step"
 
 
 # ---- students --------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_what_is_written_says_so(folder):
     assert "DiffusionPipeline.from_pretrained" not in text
     assert "runs the encoder in every step: it draws other pictures" in text
     student = library.load_student(folder)
-    plain = by_diffusers(open_plain(folder), student.model, 4)
+    plain = by_diffusers(open_plain(folder), student.model, student.card["call"])
     assert gap(by_training_sampler(student.model, student.model.net, student.few), plain)["latents"] > 1e-3
     library.export(folder, to="diffusers", out=folder.parent / "exported")
     assert json.loads((folder.parent / "exported" / "parity.json").read_text())["sampler"] == "onestroke"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
 
+import onestroke
+from e2e.test_exports import usage
 from e2e.test_families import PROMPTS, SEED, moved, theirs
 from families import FAMILIES
 from onestroke.errors import InputError
@@ -67,6 +70,27 @@ def test_by_default_it_takes_the_students_steps(teachers):
     layers = [sana_sprint(student, *n).transformer.time_embed.timestep_embedder.linear_1 for n in ((), (2,), (1,))]
     assert torch.equal(layers[0].weight, layers[1].weight)
     assert not torch.allclose(layers[0].weight, layers[2].weight)
+
+
+def test_export_writes_it(teachers, tmp_path):
+    """A whole run's folder to the pipeline, its parity with the sampler of training, and a card that draws."""
+    prompts = ["a red apple", "a cat on a mat"]
+    settings = {"steps": 1, "batch_size": 2, "student_steps": 2, "log_with": "none"}
+    teachers["sana"].pipeline.save_pretrained(tmp_path / "teacher")
+    made = onestroke.distill(
+        str(tmp_path / "teacher"), method="tdm", out=tmp_path / "run", prompts=prompts, renoise="implied", **settings
+    )
+    out = onestroke.export(made, to="sprint", out=tmp_path / "out")
+    parity = json.loads((out / "parity.json").read_text())
+    assert (parity["passed"], parity["format"], parity["steps"]) == (True, "sprint", 2)
+    assert max(parity["max_abs_difference"].values()) <= 1e-4
+    text = (out / "README.md").read_text()
+    assert "This folder is a SanaSprintPipeline of diffusers." in text
+    space: dict = {}
+    exec(usage(out), space)
+    assert space["image"].size == tuple(reversed(FAMILIES["sana"].size))
+    with pytest.raises(InputError, match="exported to sprint"):
+        onestroke.load_student(out)
 
 
 def test_others_are_refused(teachers):

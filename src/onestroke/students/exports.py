@@ -37,12 +37,16 @@ from onestroke.students.parity import (
     GRIDS,
     PROMPTS,
     Drawn,
+    by_diffusers,
     by_training_sampler,
     check,
     check_pipeline,
+    closest,
     gap,
     open_plain,
+    same_luck,
 )
+from onestroke.students.sprint import check_sprint, sana_sprint, sprint_call, sprint_few
 from onestroke.students.student import (
     CARD,
     LORA,
@@ -60,12 +64,12 @@ from onestroke.teachers import load_teacher, locate
 from onestroke.teachers.branch import BRANCH
 from onestroke.teachers.pipeline import PipelineTeacher
 
-TARGETS = ("diffusers", "lora", "onnx")
+TARGETS = ("diffusers", "lora", "onnx", "sprint")
 RECORDS = (CARD, "recipe.json", "report.json")  # what is known of a student; an export carries it along
 RANK = 64
 
 
-# ---- the three formats -----------------------------------------------------------------------------------------------
+# ---- the formats -----------------------------------------------------------------------------------------------
 
 
 def to_diffusers(student: Student, out: Path, dtype: str) -> None:
@@ -233,6 +237,19 @@ def to_onnx(student: Student, out: Path) -> None:
     check(out, reference, Drawn(x0, drawer.decode(x0)), few, "onnx")
 
 
+def to_sprint(student: Student, out: Path) -> None:
+    """A SanaSprintPipeline, whose scheduler counts in angles (see `onestroke.students.sprint`)."""
+    model, steps = student.model, len(student.few.times)
+    sana_sprint(student, steps).save_pretrained(out, safe_serialization=True)
+    few, (height, width) = sprint_few(student, steps), model.size
+    call = {**sprint_call(steps), "height": height, "width": width, "use_resolution_binning": False}
+    carry(student, out, "sprint", call=call)
+    with same_luck():
+        drawn = by_diffusers(open_plain(out), model, call)
+        reference = closest(drawn, model, model.net, few, "float32")
+    check(out, reference, drawn, few, "sprint", times=few.times)
+
+
 def text_length(model: PipelineTeacher) -> int:
     """How long texts may be: what the pipeline itself allows by default, or 0 where it says nothing."""
     allowed = inspect.signature(type(model.pipeline).__call__).parameters.get("max_sequence_length")
@@ -354,7 +371,8 @@ def export(
     model: a student's folder, or what `load_student` or `distill` returned; what is written is what its folder holds.
     to: "diffusers", an ordinary pipeline (dtype: float32, float16 or bfloat16); "lora", weights for the teacher's
     pipeline and the scheduler to use with them (rank: extract that many dimensions even where the student was trained
-    as LoRA; base: where the teacher is, if not where it was); "onnx", graphs with a dynamic batch for onnxruntime.
+    as LoRA; base: where the teacher is, if not where it was); "onnx", graphs with a dynamic batch for onnxruntime;
+    "sprint", of a SANA teacher's student, diffusers' SanaSprintPipeline with its SCMScheduler, at that one's times.
     Beside them stand parity.json, with the differences, and the model card README.md. Returns `out`.
 
     Raises InputError before anything heavy is loaded, ExportError when the differences are too large.
@@ -380,11 +398,15 @@ def export(
         find_base(card, base)
     if to == "onnx":
         onnx_runtime()
+    if to == "sprint":
+        check_sprint(str(read_json(folder / "model_index.json").get("_class_name")), card["student_steps"])
     student = load_student(folder)
     if to == "diffusers":
         to_diffusers(student, out, dtype or "float32")
     elif to == "lora":
         to_lora(student, out, rank, base)
+    elif to == "sprint":
+        to_sprint(student, out)
     else:
         to_onnx(student, out)
     write_card(out)

@@ -191,6 +191,8 @@ def text_of(folder: Path) -> str:
     way = kind
     if once and kind == "diffusers":
         way = "once"
+    elif kind == "sprint":
+        way = "diffusers"
     elif kind == "onnx" and "tokens" not in card["onnx"]:
         way = "onnx without text"
     use = USE[way].format(
@@ -201,9 +203,12 @@ def text_of(folder: Path) -> str:
         teacher=name_of(teacher),
         scheduler=scheduler_of(folder),
     )
-    what = {"diffusers": "diffusers pipeline", "lora": "LoRA adapter of its teacher", "onnx": "set of ONNX graphs"}[
-        kind
-    ]
+    what = {
+        "diffusers": "diffusers pipeline",
+        "lora": "LoRA adapter of its teacher",
+        "onnx": "set of ONNX graphs",
+        "sprint": "SanaSprintPipeline of diffusers",
+    }[kind]
     calls = "one call of its network" if steps == 1 else f"{steps} calls of its network"
     if once:
         calls = f"one run of its network's encoder and {steps} of the decoder, in parallel"

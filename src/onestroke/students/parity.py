@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -87,14 +87,15 @@ def by_training_sampler(
     return Drawn(x0.float().cpu(), images.float().cpu())
 
 
-def by_diffusers(pipeline: Any, model: PipelineTeacher, few: FewStep) -> Drawn:
-    """What a plain diffusers pipeline draws, called as `model` says that `few` is."""
+def by_diffusers(pipeline: Any, model: PipelineTeacher, keywords: Mapping[str, Any]) -> Drawn:
+    """What a plain diffusers pipeline draws, called with these keyword arguments; its latents are laid out as
+    `model`'s."""
     pipeline.set_progress_bar_config(disable=True)
 
     def call(kind: str) -> Tensor:
         torch.manual_seed(0)
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        return pipeline(list(PROMPTS), generator=generators, output_type=kind, **model.plain_call(few)).images
+        return pipeline(list(PROMPTS), generator=generators, output_type=kind, **keywords).images
 
     with exact():
         latents = call("latent")
@@ -213,11 +214,12 @@ def check_pipeline(
             drawn, reference = (by_training_sampler(m, n, few) for m, n in ((read, read.net), (model, net)))
             more["sampler"] = "onestroke"
         else:
-            drawn = by_diffusers(pipeline, model, few)
+            call = model.plain_call(few)
+            drawn = by_diffusers(pipeline, model, call)
             if (out / BRANCH).is_file():
                 bare, branch = drawn, read_branch(out / BRANCH, network)
                 with steered(network, model.call, {}, branch):
-                    drawn = by_diffusers(pipeline, model, few)
+                    drawn = by_diffusers(pipeline, model, call)
                 more["without_branch"] = gap(drawn, bare)
             reference = closest(drawn, model, net, few, dtype)
     check(

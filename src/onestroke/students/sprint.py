@@ -16,6 +16,14 @@ from onestroke.teachers.calls import clock
 MAX_STEPS = 4
 
 
+def check_sprint(pipeline: str, steps: int) -> None:
+    """Refuse a student of another pipeline's class than SANA's, or other numbers of steps. Raises InputError."""
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"a SanaSprintPipeline of a student draws in 1 to {MAX_STEPS} steps, not {steps}.")
+    if pipeline != SanaPipeline.__name__:
+        raise InputError(f"a {pipeline} is no SanaPipeline, whose students alone a SanaSprintPipeline draws.")
+
+
 def sprint_call(steps: int) -> dict[str, Any]:
     """The keyword arguments with which a SanaSprintPipeline draws in `steps` calls: its own, but for 2 steps it takes
     an angle between and for others none."""
@@ -50,13 +58,8 @@ def sana_sprint(student: Student, steps: int | None = None) -> Any:
     Raises InputError for a student of another pipeline, and for other numbers of steps.
     """
     model, steps = student.model, steps or len(student.few.times)
-    if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"a SanaSprintPipeline of a student draws in 1 to {MAX_STEPS} steps, not {steps}.")
+    check_sprint(type(model.pipeline).__name__, steps)
     net: Any = getattr(model.net, model.part)
-    if not isinstance(model.pipeline, SanaPipeline):
-        raise InputError(
-            f"a {type(model.pipeline).__name__} is no SanaPipeline, whose students alone a SanaSprintPipeline draws."
-        )
     twin: Any = SanaTransformer2DModel.from_config({**net.config, "guidance_embeds": True})
     twin.to(net.device, net.dtype)
     old = "time_embed.emb.timestep_embedder."
