@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
-from onestroke.denoiser import TwoTimes
+from onestroke.denoiser import TwoTimes, guidances
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.solvers import euler
 
@@ -54,8 +54,7 @@ class LCM(Method):
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
         t, s = times.neighbours(batch.draw, self.grid)
-        side = batch.draw.uniform(-1.0, 1.0)
-        scale = None if self.scale == 1 else 1 + (self.scale - 1) * (1 + self.spread * side)
+        side, scale = guidances(batch.draw, self.scale, self.spread)
         cond = {**batch.cond, "s": side} if self.embed else batch.cond
         x = self.path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
