@@ -148,10 +148,10 @@ def test_without_guidance_none_is_drawn():
     assert calls == [8]
 
 
-def weight_is_truncated_snr(cls, name, t, shift=0.01):
+def weight_is_truncated_snr(cls, name, t, shift=0.01, **options):
     path, z = make_path(name), checks.noise(seed=30)
     student = Shifted(path, 0.0)
-    method = cls(checks.parts(path, Shifting(path), student, None, 1.0), **ALONE)
+    method = cls(checks.parts(path, Shifting(path), student, None, 1.0), **options)
     found = batch(z)
     a, b = hand_ab(name, t)
     with checks.at(t):
@@ -162,7 +162,7 @@ def weight_is_truncated_snr(cls, name, t, shift=0.01):
 
 @pytest.mark.parametrize("t", [0.1, T, 0.9])
 def test_the_weight_is_truncated_snr(t):
-    weight_is_truncated_snr(GuidedDistillation, "vp", t)
+    weight_is_truncated_snr(GuidedDistillation, "vp", t, **ALONE)
 
 
 def then_it_is_halved(cls):
@@ -199,7 +199,7 @@ def tells_halves(module):
 
 def weighs(module):
     for t in (0.1, 0.9):
-        weight_is_truncated_snr(module.GuidedDistillation, "vp", t)
+        weight_is_truncated_snr(module.GuidedDistillation, "vp", t, **ALONE)
 
 
 def halves(module):

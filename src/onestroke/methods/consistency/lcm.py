@@ -21,10 +21,8 @@ class LCM(Method):
     run's times a number in 1 +- this: published 5 to 15 is guidance_scale 11 and 0.5. embed: tell it to the student, by
     its time embedding; the student that is kept is told nothing, which means the run's own guidance_scale. keep: of the
     average per round, published 0.95. distance: huber (per element, c = 0.001), l2 or l1.
-    LCM-LoRA (arXiv 2311.05556) is lora_rank = 64 with embed = false and keep = 0: guidance is drawn but not told, and
-    the target is the student itself; published rank 64 on attention, feed-forward, convolutions and time embedding.
     Ours: f(x, 0) = x holds by the states, not by a parameterisation, which at the published times is 1 to 1e-3.
-    Published settings (SD 1.5): AdamW 1e-6 (LoRA 1e-4), clip 1.
+    Published settings (SD 1.5): AdamW 1e-6, clip 1. As LoRA it is `lcm-lora`.
     """
 
     players = ("student",)
