@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.paths import Cond, Estimate, Path, Prediction, like
 
@@ -328,6 +329,16 @@ class TwoTimes(nn.Module):
             return self.net(x, t, {k: v for k, v in cond.items() if k != "s"})
         finally:
             handle.remove()
+
+
+def guidances(draw: Draws, scale: float, spread: float) -> tuple[Tensor, Tensor | None]:
+    """(side, guidance), (B,) float64 each: a guidance drawn for every row, and where it lies in its range, [-1, 1].
+
+    The guidance less 1 is that of `scale` times 1 + spread side, and side, uniform, is what a student can be told as
+    cond["s"] (see `TwoTimes`): without it, it is one of `scale`. A scale of 1 is no guidance: None, whatever the side.
+    """
+    side = draw.uniform(-1.0, 1.0)
+    return side, None if scale == 1 else 1 + (scale - 1) * (1 + spread * side)
 
 
 def plain(net: nn.Module) -> nn.Module:

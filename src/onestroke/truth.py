@@ -23,6 +23,7 @@ from onestroke.sampling import FewStep
 from onestroke.settings import Settings, resolve
 from onestroke.solvers import solve, way
 from onestroke.teachers.gaussian import GaussianMixture
+from onestroke.training.roles import make_role
 from onestroke.training.train import Data, Trainer
 
 SAMPLES = 20_000
@@ -213,8 +214,23 @@ def inside(teacher: GaussianMixture) -> Reward:
     return reward
 
 
+class Distilled(NamedTuple):
+    """A student of an exact teacher, and what `measure` must know of how it was made."""
+
+    method: str
+    teacher: GaussianMixture
+    student: nn.Module
+    net: Net  # fitted: what the student began as
+    guided: nn.Module  # the teacher under the guidance of the run
+    few: FewStep  # as the run asks
+    own: FewStep  # as the method calls its student
+    seed: int
+    rounds: int
+    seconds: float
+
+
 @torch.no_grad()
-def converge(
+def distil(
     method: str,
     teacher: GaussianMixture,
     *,
@@ -224,34 +240,29 @@ def converge(
     seed: int = 0,
     reward: Reward | None = None,
     **settings: Any,
-) -> Convergence:
-    """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
-
-    prediction: of the small net, on the teacher's path. student_steps: 1, unless recipes/exact says otherwise. reward:
-    for the methods that need one; by default one that is constant on the truth (see `inside`). settings: as in
-    `distill` (trainer settings and options of the method), over those of recipes/exact; the noise between steps is the
-    method's own. A fifth of the time goes to the fit; with `steps`, both parts end after that many rounds, so that the
-    result does not depend on the machine's speed.
-    Raises InputError for an unknown method or setting.
-    """
+) -> Distilled:
+    """Fit a small net to the exact teacher, and distil it by `method` for the rest of `seconds`: see `converge`."""
     began = time.monotonic()
     cls = get_method(method)
     between = {k: v for k, v in cls.defaults.items() if k == "renoise"}
     layers = ({"seed": seed}, DEFAULTS, between, *recipe_layers("exact", method))
     given = settings | ({"student_steps": student_steps} if student_steps else {})
     run, chosen = resolve(given, options(cls), cls.players, *layers)
-    if run.student_steps > cls.max_steps:
-        raise InputError(f"method {method!r} trains at most {cls.max_steps} steps, not {run.student_steps}.")
+    check_steps(method, run.student_steps)
     needs = cls.needs_of({**options(cls), **chosen})
     teacher = copy.deepcopy(teacher).float()  # the noise of training is float32
     with torch.enable_grad():
-        net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps)
+        net = fit(teacher, prediction, 0.2 * seconds, seed, run.steps).requires_grad_(False)
         torch.manual_seed(seed)  # of the players that begin at random, whatever the fit has drawn
         few = FewStep(teacher.path, teacher.path.grid(run.student_steps), renoise=run.renoise)
+
+        def role(name: str) -> Any:
+            return make_role(net, name, run)
+
         parts = Parts(
             copy.deepcopy(net) if "features" in needs else teacher,
-            net.fewer(run.layers),
-            lambda role: copy.deepcopy(net),
+            role("student"),
+            role,
             few,
             teacher.null,
             run.guidance_scale,
@@ -266,8 +277,22 @@ def converge(
             data = _solved(parts, data, run, "ways" in needs)
         trainer = Trainer(cls(parts, **chosen), data, run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
-    student, own = trainer.finish(), getattr(trainer.method, "few", few)
+    student, own, guided = trainer.finish(), getattr(trainer.method, "few", few), parts.guide(teacher)
+    spent = time.monotonic() - began
+    return Distilled(method, teacher, student, net, guided, few, own, seed, trainer.round, spent)
 
+
+@torch.no_grad()
+def measure(found: Distilled, drawn: int | None = None) -> Convergence:
+    """What a student draws, in as many calls as it was trained for or in `drawn`, against its exact teacher.
+
+    Raises InputError for more calls than the method trains.
+    """
+    began = time.monotonic()
+    cls, teacher, seed, few, own = get_method(found.method), found.teacher, found.seed, found.few, found.own
+    if drawn:
+        check_steps(found.method, drawn)
+        few, own = (replace(each, times=each.path.grid(drawn)) for each in (few, own))
     generator = torch.Generator().manual_seed(seed + 2)
     share = torch.stack([teacher.weights[teacher.labels == c].sum() for c in teacher.classes])
     label = teacher.classes[torch.multinomial(share, SAMPLES, replacement=True, generator=generator)]
@@ -279,14 +304,14 @@ def converge(
 
     if cls.target == "guided":
         more = torch.randn((2, *truth.shape), generator=generator).to(truth)
-        truth, again = (draw(parts.guide(teacher), z) for z in more)
+        truth, again = (draw(found.guided, z) for z in more)
     floor = sliced_w2(again, truth)
     if cls.target == "modes":
         modes_alone = copy.deepcopy(teacher)
         modes_alone.std.zero_()
         truth = modes_alone.sample(label, generator)
 
-    x, before = draw(student, noise, own), draw(net, noise)
+    x, before = draw(found.student, noise, own), draw(found.net, noise)
     modes = torch.bincount(teacher.nearest(x), minlength=len(teacher.means)) / SAMPLES
     return Convergence(
         sliced_w2=sliced_w2(x, truth),
@@ -295,10 +320,30 @@ def converge(
         per_label={int(c): sliced_w2(x[label == c], truth[label == c]) for c in teacher.classes},
         mode_weights=[round(w, 4) for w in modes.tolist()],
         true_weights=[round(w, 4) for w in teacher.weights.tolist()],
-        student_steps=run.student_steps,
-        rounds=trainer.round,
-        seconds=time.monotonic() - began,
+        student_steps=len(few.times),
+        rounds=found.rounds,
+        seconds=found.seconds + time.monotonic() - began,
     )
+
+
+def check_steps(method: str, steps: int) -> None:
+    """Raises InputError for a number of calls that a method does not train."""
+    if steps > (most := get_method(method).max_steps):
+        raise InputError(f"method {method!r} trains at most {most} steps, not {steps}.")
+
+
+def converge(method: str, teacher: GaussianMixture, **run: Any) -> Convergence:
+    """Fit a small net to the exact teacher, distil it by `method` for the rest of `seconds`, and measure.
+
+    run: any of `prediction`, "x0", of the small net, on the teacher's path; `student_steps`, 1 unless recipes/exact
+    says otherwise; `seconds`, 60; `seed`, 0; `reward`, for the methods that need one, by default one that is constant
+    on the truth (see `inside`); and settings as in `distill` (trainer settings and options of the method), over those
+    of recipes/exact. With lora_rank, lora_targets are layers of `Net`. The noise between steps is the method's own. A
+    fifth of the time goes to the fit; with `steps`, both parts end after that many rounds, so that the result does not
+    depend on the machine's speed.
+    Raises InputError for an unknown method or setting.
+    """
+    return measure(distil(method, teacher, **run))
 
 
 def ring(path: Path, modes: int = 8, radius: float = 1.0, std: float = 0.1, labelled: bool = True) -> GaussianMixture:
@@ -347,9 +392,14 @@ def _learns_trajectories(method: str) -> bool:
     return METHODS[method].split(".")[-2] in ("consistency", "flow", "guidance")
 
 
-def check(method: str, case: str, seconds: float = 90, seed: int = 0, student_steps: int | None = None) -> Convergence:
-    """`converge` on one of CASES. Raises InputError for a case or method that does not exist."""
+def student_of(method: str, case: str, seconds: float, seed: int, student_steps: int | None = None) -> Distilled:
+    """`distil` on one of CASES. Raises InputError for a case or method that does not exist."""
     if case not in CASES:
         raise unknown("case", case, CASES)
     teacher, prediction, _ = CASES[case]
-    return converge(method, teacher(), prediction=prediction, student_steps=student_steps, seconds=seconds, seed=seed)
+    return distil(method, teacher(), prediction=prediction, student_steps=student_steps, seconds=seconds, seed=seed)
+
+
+def check(method: str, case: str, seconds: float = 90, seed: int = 0) -> Convergence:
+    """`converge` on one of CASES. Raises InputError for a case or method that does not exist."""
+    return measure(student_of(method, case, seconds, seed))

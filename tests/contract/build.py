@@ -51,6 +51,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "ict": {"stage_steps": 0},
     "instaflow": {"straighten": 0},
     "lcm": {"grid": 50},
+    "lcm-lora": {"grid": 50},
     "mlcm": {"keep": 0.5, "stage_steps": 0},
     "pcm": {"grid": 12, "keep": 0.5},
     "pg-sb": {"lr": FAST, "null_rate": 0.1},

@@ -1,19 +1,21 @@
-"""Distillation of guided diffusion: the student of stage one has mean w m, then it is halved."""
+"""Distillation of guided diffusion: the student of stage one has mean w m for every w told, then it is halved."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
 
 from contract.build import batch as small_batch
 from contract.build import build as small
-from contract.build import data, settings_of, state
+from onestroke.denoiser import plain
 from onestroke.methods.guidance.guided_distillation import GuidedDistillation
 from onestroke.paths import Estimate
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.training.train import Trainer
 from truth import pair_checks as checks
 from truth.checks import T, close, hand_ab, make_path, tensor
+from truth.consistency_checks import Drawn
 from truth.pair_checks import PATHS, M, S, Shifted
 from truth.test_mutants import broken
 
@@ -37,12 +39,16 @@ def batch(z):
     return found._replace(cond={"label": torch.zeros(len(z), dtype=torch.int64)})
 
 
-def mean_is_w_m(cls, name, w=3.0):
+ALONE = {"spread": 0.0, "embed": False}
+"""One guidance, of which nothing is told: for students without a time embedding."""
+
+
+def mean_is_w_m(cls, name, w=3.0, **options):
     """The loss vanishes at N(w M, S^2) and nowhere near, at every time."""
     path, z = make_path(name), checks.noise(seed=30)
     for mean, zero in ((w * M, True), (M, False), ((w + 1) * M, False)):
         student = GaussianMixture(path, tensor([mean]), S)
-        method = cls(checks.parts(path, Shifting(path), student, None, w))
+        method = cls(checks.parts(path, Shifting(path), student, None, w), **options)
         for t in (0.05, T, 0.95):
             with checks.at(t):
                 assert (checks.losses(method, batch(z))["guide"] < 1e-20) == zero
@@ -50,13 +56,102 @@ def mean_is_w_m(cls, name, w=3.0):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_mean_is_w_m(name):
-    mean_is_w_m(GuidedDistillation, name)
+    mean_is_w_m(GuidedDistillation, name, **ALONE)
 
 
-def weight_is_truncated_snr(cls, name, t, shift=0.01):
+W, SPREAD = 3.0, 0.75
+
+
+class Told(torch.nn.Module):
+    """The posterior of N((w + off) M, S^2), linear in the guidance w = 1 + (W - 1) (1 + 3 / 4 side) that it is told."""
+
+    def __init__(self, path, name, off=0.0):
+        super().__init__()
+        self.path, self.name, self.off = path, name, off
+
+    def mean(self, cond):
+        return ((W + self.off) + (W - 1) * SPREAD * cond["s"])[:, None] * M
+
+    def forward(self, x, t, cond):
+        a, b = (tensor(*v)[:, None] for v in zip(*(hand_ab(self.name, v) for v in t.tolist()), strict=True))
+        gain = a * S**2 / (a**2 * S**2 + b**2)
+        return self.path.split(x, gain * x + (1 - a * gain) * self.mean(cond), t, "x0")
+
+
+def told_batch(z):
+    """As `batch`, with all of the range of guidance, and every step of a grid of as many, among the rows."""
+    return batch(z)._replace(draw=Drawn((torch.arange(len(z), dtype=torch.float64) + 0.5) / len(z)))
+
+
+def every_guidance(cls, name="vp"):
+    """One student is exact for every w of the range that it is told; with w - 1 or w + 1 in its place it is not."""
+    path, z = make_path(name), checks.noise(seed=30)
+    for off, zero in ((0.0, True), (-1.0, False), (1.0, False)):
+        method = cls(checks.parts(path, Shifting(path), Told(path, name, off), None, W), embed=False)
+        method.embed = True
+        for t in (0.05, T, 0.95):
+            with checks.at(t):
+                assert (checks.losses(method, told_batch(z))["guide"] < 1e-20) == zero
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_it_is_exact_for_every_guidance_told(name):
+    every_guidance(GuidedDistillation, name)
+
+
+class Halved(Told):
+    """Of every row, the x0 whose one DDIM step ends where two DDIM steps on N(w M, S^2) do, for the w told."""
+
+    def forward(self, x, t, cond):
+        (grid, mean), rows = ([*self.path.grid(len(x)), 0.0], self.mean(cond)), []
+        for i, (row, mu) in enumerate(zip(x, mean, strict=True)):
+            half = self.path.snap(tensor((grid[i] + grid[i + 1]) / 2)).item()
+            (a, b), (c, d), (e, f) = (hand_ab(self.name, v) for v in (grid[i], half, grid[i + 1]))
+            middle = c * mu + (a * c * S**2 + b * d) / (a**2 * S**2 + b**2) * (row - a * mu)
+            x0 = mu + c * S**2 / (c**2 * S**2 + d**2) * (middle - c * mu)
+            end = e * x0 + f * (middle - c * x0) / d
+            rows.append(x0 if grid[i + 1] == 0 else (end - f / b * row) / (e - f / b * a))
+        return self.path.split(x, torch.stack(rows), t, "x0")
+
+
+def told_in_halves(cls, name="vp"):
+    """In stage two the student, and what it was, are told it too."""
+    path, z = make_path(name), checks.noise(seed=30)
+    for off, zero in ((0.0, True), (1.0, False)):
+        options = {"guide_steps": 1, "start": 8, "stage_steps": 9, "embed": False}
+        method = cls(checks.parts(path, Shifting(path), Halved(path, name, off), None, W), **options)
+        method.embed, method.last = True, Told(path, name)
+        assert (checks.losses(method, told_batch(z), 2)["halve"] < 1e-20) == zero
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_it_is_halved_for_every_guidance_told(name):
+    told_in_halves(GuidedDistillation, name)
+
+
+def test_what_is_kept_is_the_student_of_the_runs_guidance():
+    """As of LCM: told nothing, it is the student told the middle of the range; what halves it is told as it is."""
+    method = small("guided-distillation", guidance=W)
+    found, t = small_batch(), torch.full((8,), 0.5, dtype=torch.float64)
+    for net in (method.student, method.last):
+        torch.nn.init.normal_(net.shift.weight)
+        untold = net(found.noise, t, found.cond).x0
+        assert torch.equal(plain(net)(found.noise, t, found.cond).x0, untold)
+        assert torch.equal(net(found.noise, t, {**found.cond, "s": 0 * t}).x0, untold)
+        assert (net(found.noise, t, {**found.cond, "s": 1 + 0 * t}).x0 - untold).abs().min() > 1e-4
+
+
+def test_without_guidance_none_is_drawn():
+    method, calls = small("guided-distillation", guidance=1.0), []
+    method.teacher.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    list(method.step(small_batch(), 0))
+    assert calls == [8]
+
+
+def weight_is_truncated_snr(cls, name, t, shift=0.01, **options):
     path, z = make_path(name), checks.noise(seed=30)
     student = Shifted(path, 0.0)
-    method = cls(checks.parts(path, Shifting(path), student, None, 1.0))
+    method = cls(checks.parts(path, Shifting(path), student, None, 1.0), **options)
     found = batch(z)
     a, b = hand_ab(name, t)
     with checks.at(t):
@@ -67,7 +162,7 @@ def weight_is_truncated_snr(cls, name, t, shift=0.01):
 
 @pytest.mark.parametrize("t", [0.1, T, 0.9])
 def test_the_weight_is_truncated_snr(t):
-    weight_is_truncated_snr(GuidedDistillation, "vp", t)
+    weight_is_truncated_snr(GuidedDistillation, "vp", t, **ALONE)
 
 
 def then_it_is_halved(cls):
@@ -75,7 +170,7 @@ def then_it_is_halved(cls):
     path = make_path("vp")
     student = Shifted(path, 0.0)
     student.x0 = torch.zeros(8, 1, dtype=torch.float64)
-    options = {"guide_steps": 3, "start": 4, "stage_steps": 2}
+    options = {"guide_steps": 3, "start": 4, "stage_steps": 2, **ALONE}
     method, seen = cls(checks.parts(path, Shifting(path), student, None, 2.0), **options), []
     method.halve = lambda batch, steps, teacher: seen.append((steps, teacher)) or "turn"
     for step in range(10):
@@ -90,44 +185,36 @@ def test_then_it_is_halved():
     then_it_is_halved(GuidedDistillation)
 
 
-def test_stage_one_alone_with_adapters_is_lora_enhanced_distillation():
-    """Adapters of nothing over the teacher's own frozen weights, which do not move; every round is of guidance, for a
-    student of 16 steps."""
-    changes = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "leave"], "student_steps": 16, "renoise": "implied"}
-    trainer = Trainer(
-        small("guided-distillation", settings=settings_of(**changes), guide_steps=4, start=16),
-        data(),
-        settings_of(**changes, steps=4),
-    )
-    method = trainer.method
-    assert all("lora_" in name for name, p in method.student.named_parameters() if p.requires_grad)
-    found = small_batch()
-    t = torch.full((8,), 0.4, dtype=torch.float64)
-    assert torch.equal(method.student(found.noise, t, found.cond).x0, method.teacher(found.noise, t, found.cond).x0)
-    before = state(method.teacher)
-    seen = [set(trainer.one_round(0.0)) for _ in range(4)]
-    assert seen == [{"student/guide"}] * 4
-    assert all(torch.equal(v, before[k]) for k, v in method.teacher.state_dict().items())
-    assert (method.student(found.noise, t, found.cond).x0 != method.teacher(found.noise, t, found.cond).x0).all()
-    assert GuidedDistillation.max_steps >= 16
-
-
 def guides(module):
-    mean_is_w_m(module.GuidedDistillation, "vp")
+    mean_is_w_m(module.GuidedDistillation, "vp", **ALONE)
+
+
+def tells(module):
+    every_guidance(module.GuidedDistillation)
+
+
+def tells_halves(module):
+    told_in_halves(module.GuidedDistillation)
 
 
 def weighs(module):
     for t in (0.1, 0.9):
-        weight_is_truncated_snr(module.GuidedDistillation, "vp", t)
+        weight_is_truncated_snr(module.GuidedDistillation, "vp", t, **ALONE)
 
 
 def halves(module):
     then_it_is_halved(module.GuidedDistillation)
 
 
+SOURCE = "onestroke.methods.guidance.guided_distillation"
 MUTANTS = [
-    ("self.guide(self.teacher)(x", "self.teacher(x", guides),
-    ("est, want.x0, want.eps", "est, want.eps, want.x0", guides),
+    ("self.guide(self.teacher, scale)", "self.teacher", guides),
+    ("self.guide(self.teacher, scale)", "self.guide(self.teacher)", tells),
+    ('{**batch.cond, "s": side} if', '{**batch.cond, "s": 0 * side} if', tells),
+    ("spread: float = 0.75", "spread: float = 0.5", tells),
+    ("student(x, t, told)", "student(x, t, batch.cond)", tells),
+    ("batch._replace(cond=told)", "batch", tells_halves),
+    ("want.x0, want.eps)", "want.eps, want.x0)", guides),
     ("batch.x0, batch.noise, t", "batch.x0, 0 * batch.noise, t", weighs),
     ("step < self.guide_steps", "step <= self.guide_steps", halves),
     ("if not gone and", "if", halves),
@@ -138,7 +225,18 @@ MUTANTS = [
 
 @pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
 def test_the_check_fails_on_the_mutant(old, new, check):
-    source = "onestroke.methods.guidance.guided_distillation"
-    check(broken(source, old, old))
-    with pytest.raises(AssertionError):
-        check(broken(source, old, new))
+    check(broken(SOURCE, old, old))
+    with pytest.raises((AssertionError, KeyError)):
+        check(broken(SOURCE, old, new))
+
+
+@pytest.mark.parametrize(
+    "new",
+    ["(scale - 1) * (1 + spread * side)", "1 + scale * (1 + spread * side)", "scale * (1 + spread * side)"],
+)
+def test_the_guidance_told_is_the_drawn_one(new):
+    """A w that is off by one, in either convention, or multiplied whole."""
+    old = "1 + (scale - 1) * (1 + spread * side)"
+    with mock.patch(f"{SOURCE}.guidances", broken("onestroke.denoiser", old, new).guidances):
+        with pytest.raises(AssertionError):
+            every_guidance(GuidedDistillation)

@@ -12,7 +12,9 @@ from contract.build import build, data, settings_of, snapshot
 from contract.test_methods import assert_same
 from onestroke.errors import InputError
 from onestroke.methods.consistency.hyper_sd import HyperSD
+from onestroke.paths import EDM
 from onestroke.training.train import Trainer
+from onestroke.truth import distil, measure, ring
 from truth import segment_checks as checks
 from truth.adversarial_checks import C, W
 from truth.checks import close, make_path
@@ -221,6 +223,22 @@ def guided(cls):
 
 def test_guidance_scales_the_mean():
     guided(HyperSD)
+
+
+def test_one_set_of_adapters_draws_in_every_number_of_steps():
+    """Trained once, on a ring without labels, which one call cannot cut apart: many calls of it come nearer than one,
+    and every number of them takes two thirds off the distance of the fitted network in as many."""
+    student = distil("hyper-sd", ring(EDM(), 4, std=0.3, labelled=False), steps=240, batch_size=256, seconds=600,
+                     grid=16, keep=0.5, stage_steps=30)  # fmt: skip
+    live = [name for name, p in student.student.named_parameters() if p.requires_grad]
+    assert live
+    assert all("lora_" in name for name in live)
+    found = {k: measure(student, k) for k in (1, 2, 4, 8)}
+    assert {k: each.student_steps for k, each in found.items()} == {1: 1, 2: 2, 4: 4, 8: 8}
+    assert all(each.sliced_w2 < each.start / 3 for each in found.values())
+    assert max(found[4].sliced_w2, found[8].sliced_w2) < 0.9 * found[1].sliced_w2
+    with pytest.raises(InputError, match="'hyper-sd' trains at most 8 steps, not 16"):
+        measure(student, 16)
 
 
 def test_what_it_needs_follows_its_options():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 
-from contract.build import batch, build, settings_of, trained
+from contract.build import batch, build
 from onestroke.denoiser import TwoTimes
 from onestroke.method import Batch
 from onestroke.methods.consistency.lcm import LCM
@@ -45,12 +46,12 @@ def test_the_gain_is_that_of_50_steps(name):
     close(checks.solved(method, path, method.grid)[1:, 0], checks.gains(path, method.grid)[1:])
 
 
-def guided_mean(cls):
-    checks.guided_mean_is_w_m(cls, w=W, embed=False, spread=0.0)
+def guided_mean(cls, **options):
+    checks.guided_mean_is_w_m(cls, w=W, spread=0.0, **options)
 
 
 def test_a_guided_student_has_the_guided_mean():
-    guided_mean(LCM)
+    guided_mean(LCM, embed=False)
 
 
 class Told(torch.nn.Module):
@@ -105,25 +106,8 @@ def test_without_guidance_none_is_drawn():
     assert calls == [8]
 
 
-def test_lcm_lora_is_an_option():
-    """lora_rank > 0, embed = false and keep = 0: adapters alone are trained, and the target is the student itself."""
-    lora = {"lora_rank": {"*": 2}, "lora_targets": ["enter", "leave"]}
-    made = build("lcm", settings=settings_of(**lora), embed=False, keep=0.0)
-    assert not isinstance(made.student, TwoTimes)
-    live = [k for k, p in made.student.named_parameters() if p.requires_grad]
-    assert live
-    assert all("lora" in k for k in live)
-    with mock.patch("contract.build.at_once", return_value={"embed": False, "keep": 0.0}):
-        trainer = trained("lcm", rounds=2, **lora)
-    student, slow = (dict(m.named_parameters()) for m in (trainer.bare("student"), trainer.method.slow))
-    assert all(torch.equal(p, slow[k]) for k, p in student.items())
-    assert any((p != 0).any() for k, p in student.items() if "lora_B" in k)
-
-
 MUTANTS = [
     ("self.guide(self.teacher, scale)", "self.guide(self.teacher)", told),
-    ("1 + (self.scale - 1) * (1 + self.spread * side)", "self.scale * (1 + self.spread * side)", told),
-    ("1 + (self.scale - 1) * (1 + self.spread * side)", "1 + self.scale * (1 + self.spread * side)", guided_mean),
     ("spread: float = 0.5", "spread: float = 0.6", told),
     ("terms.endpoint(self.slow, self.path, lower, s, cond)", "self.slow(lower, s, cond).x0", by_hand),
     ("terms.endpoint(self.slow", "terms.endpoint(self.student", by_hand),
@@ -139,3 +123,15 @@ def test_the_check_fails_on_the_mutant(old, new, check):
     check(broken(module, old, old).LCM)
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken(module, old, new).LCM)
+
+
+@pytest.mark.parametrize(
+    ("new", "check"),
+    [("scale * (1 + spread * side)", told), ("1 + scale * (1 + spread * side)", partial(guided_mean, embed=False))],
+    ids=["told", "mean"],
+)
+def test_the_check_fails_on_another_guidance(new, check):
+    old = "1 + (scale - 1) * (1 + spread * side)"
+    with mock.patch(f"{FAMILY}.lcm.guidances", broken("onestroke.denoiser", old, new).guidances):
+        with pytest.raises(AssertionError):
+            check(LCM)

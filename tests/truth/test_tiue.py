@@ -12,7 +12,7 @@ from contract.build import PATHS, batch, build, settings_of, snapshot, trained
 from onestroke import denoiser, terms
 from onestroke.errors import InputError
 from onestroke.method import Batch
-from onestroke.methods.distribution.tiue import TiUE
+from onestroke.methods.flow.tiue import TiUE
 from onestroke.paths import PREDICTIONS
 from onestroke.sampling import FewStep
 from truth.checks import (

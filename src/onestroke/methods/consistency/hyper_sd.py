@@ -33,6 +33,7 @@ class HyperSD(Method):
     Ours: states are scaled to the variance-preserving path before they are compared; one net for every number of steps,
     re-noised in between; beside the scores the last stage goes on as it was, where the published regresses on the
     teacher's output; the fake plays as often as the student.
+    The last stage goes over all times, and its jumps end at any below: its one student draws in 1, 2, 4 and 8 steps.
     Published settings: LoRA, one for all numbers of steps.
     """
 

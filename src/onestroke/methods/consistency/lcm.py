@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
-from onestroke.denoiser import TwoTimes
+from onestroke.denoiser import TwoTimes, guidances
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.solvers import euler
 
@@ -21,10 +21,8 @@ class LCM(Method):
     run's times a number in 1 +- this: published 5 to 15 is guidance_scale 11 and 0.5. embed: tell it to the student, by
     its time embedding; the student that is kept is told nothing, which means the run's own guidance_scale. keep: of the
     average per round, published 0.95. distance: huber (per element, c = 0.001), l2 or l1.
-    LCM-LoRA (arXiv 2311.05556) is lora_rank = 64 with embed = false and keep = 0: guidance is drawn but not told, and
-    the target is the student itself; published rank 64 on attention, feed-forward, convolutions and time embedding.
     Ours: f(x, 0) = x holds by the states, not by a parameterisation, which at the published times is 1 to 1e-3.
-    Published settings (SD 1.5): AdamW 1e-6 (LoRA 1e-4), clip 1.
+    Published settings (SD 1.5): AdamW 1e-6, clip 1. As LoRA it is `lcm-lora`.
     """
 
     players = ("student",)
@@ -54,8 +52,7 @@ class LCM(Method):
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
         t, s = times.neighbours(batch.draw, self.grid)
-        side = batch.draw.uniform(-1.0, 1.0)
-        scale = None if self.scale == 1 else 1 + (self.scale - 1) * (1 + self.spread * side)
+        side, scale = guidances(batch.draw, self.scale, self.spread)
         cond = {**batch.cond, "s": side} if self.embed else batch.cond
         x = self.path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from onestroke import terms, times
 from onestroke.errors import InputError
@@ -36,7 +37,8 @@ class Progressive(Method):
 
     def __init__(self, parts: Parts, start: int = 128, stage_steps: int = 0):
         super().__init__(parts)
-        self.student, self.last, self.teacher = parts.student, parts.target(), parts.teacher
+        self.student: nn.Module = parts.student
+        self.last, self.teacher = parts.target(), parts.teacher
         self.path, self.guide, final = parts.path, parts.guide, len(parts.few.times)
         if final > 1 and parts.few.renoise != "implied":
             raise InputError("a student of DDIM steps needs renoise=implied.")
@@ -55,7 +57,7 @@ class Progressive(Method):
             follow(self.last, self.student)
         yield self.halve(batch, self.stages[stage], self.last if stage else self.guide(self.teacher))
 
-    def halve(self, batch: Batch, steps: int, teacher: torch.nn.Module) -> Turn:
+    def halve(self, batch: Batch, steps: int, teacher: nn.Module) -> Turn:
         """The student's turn with this number of steps, two of `teacher`'s for each."""
         assert batch.x0 is not None
         path, cond = self.path, batch.cond

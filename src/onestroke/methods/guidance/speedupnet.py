@@ -8,6 +8,7 @@ from onestroke import terms, times
 from onestroke.denoiser import Guided, dropped, negated
 from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.methods.guidance.guided_distillation import regress
 from onestroke.paths import like
 from onestroke.teachers.branch import branched
 
@@ -83,12 +84,7 @@ class SpeedUpNet(Method):
             told = negated(cond, null, None)
         teacher = Guided(self.teacher, self.scale, null)
         if step < self.guide_steps:
-            t = times.uniform(draw, path)
-            x = path.mix(batch.x0, batch.noise, t)
-            with torch.no_grad():
-                want = teacher(x, t, cond)
-            est = self.student(x, t, told)
-            yield Turn("student", {"guide": terms.truncated_snr(est, want.x0, want.eps)})
+            yield regress(self.student, teacher, path, batch, told)
             return
 
         grid, hops = self.grid.to(batch.noise.device), self.hops
