@@ -17,6 +17,7 @@ from onestroke.errors import InputError
 from onestroke.method import Pairs, Parts, play
 from onestroke.methods import METHODS, get_method
 from onestroke.sampling import FewStep
+from onestroke.settings import Settings
 from onestroke.training.train import Data
 
 PROMPTS = ["a red square", "rain"]
@@ -36,7 +37,9 @@ def role_of(teacher, role: str) -> nn.Module:
 def data_of(teacher) -> Data:
     """All that any method needs of it."""
     noise, x0 = torch.randn(2, 2, *teacher.shape, generator=torch.Generator().manual_seed(0))
-    return Data(teacher.shape, teacher.encode(PROMPTS), x0, Pairs(noise, x0))
+    steps = Settings().solver_steps
+    ways = torch.randn(2, steps + 1, *teacher.shape, generator=torch.Generator().manual_seed(1))
+    return Data(teacher.shape, teacher.encode(PROMPTS), x0, Pairs(noise, x0), ways)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

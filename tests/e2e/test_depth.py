@@ -274,7 +274,8 @@ def played(method: str, teacher: PipelineTeacher, layers: float) -> Trainer:
     _, run, chosen = plan_run("tiny", method, PROMPTS, given, NO_PICTURES)
     cond, x0 = teacher.conditions(PROMPTS), SeededNoise(len(PROMPTS), 1).normal(teacher.shape)
     playing = cls(parts_of(teacher, run, None, lambda x, cond: -x.flatten(1).square().mean(1), cond), **chosen)
-    trainer = Trainer(playing, Data(teacher.shape, cond, x0, Pairs(x0.flip(0), x0)), run)
+    ways = x0[:, None] * torch.linspace(0.5, 1, run.solver_steps + 1).reshape(-1, 1, 1, 1)
+    trainer = Trainer(playing, Data(teacher.shape, cond, x0, Pairs(x0.flip(0), x0), ways), run)
     for _ in range(4):
         trainer.one_round(0.0)
     return trainer

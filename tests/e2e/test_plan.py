@@ -242,5 +242,5 @@ def test_the_default_device_is_left_alone():
 
 def test_the_ways_of_a_batch_are_planned(pipeline_folder):
     """Float32 states of four by four by four numbers."""
-    few, many = (plan(pipeline_folder, "boss", batch_size=8, solver_steps=steps) for steps in (8, 200))
+    few, many = (plan(pipeline_folder, "boss", knots="grid", batch_size=8, solver_steps=k) for k in (8, 200))
     assert many.peak - few.peak == pytest.approx(8 * (200 - 8) * 64 * 4, rel=0.02)

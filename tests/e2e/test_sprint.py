@@ -75,11 +75,10 @@ def test_by_default_it_takes_the_students_steps(teachers):
 def test_export_writes_it(teachers, tmp_path):
     """A whole run's folder to the pipeline, its parity with the sampler of training, and a card that draws."""
     prompts = ["a red apple", "a cat on a mat"]
-    settings = {"steps": 1, "batch_size": 2, "student_steps": 2, "log_with": "none"}
+    (height, width), small = FAMILIES["sana"].size, {"steps": 1, "batch_size": 2, "log_with": "none"}
+    settings = {"height": height, "width": width, "student_steps": 2, "renoise": "implied", **small}
     teachers["sana"].pipeline.save_pretrained(tmp_path / "teacher")
-    made = onestroke.distill(
-        str(tmp_path / "teacher"), method="tdm", out=tmp_path / "run", prompts=prompts, renoise="implied", **settings
-    )
+    made = onestroke.distill(str(tmp_path / "teacher"), method="tdm", out=tmp_path / "run", prompts=prompts, **settings)
     out = onestroke.export(made, to="sprint", out=tmp_path / "out")
     parity = json.loads((out / "parity.json").read_text())
     assert (parity["passed"], parity["format"], parity["steps"]) == (True, "sprint", 2)
@@ -88,7 +87,7 @@ def test_export_writes_it(teachers, tmp_path):
     assert "This folder is a SanaSprintPipeline of diffusers." in text
     space: dict = {}
     exec(usage(out), space)
-    assert space["image"].size == tuple(reversed(FAMILIES["sana"].size))
+    assert space["image"].size == (width, height)
     with pytest.raises(InputError, match="exported to sprint"):
         onestroke.load_student(out)
 
