@@ -169,11 +169,12 @@ def check_network(folder: Path, needs: Collection[str]) -> None:
 
 
 def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> None:
-    """Build the method on a small net of the teacher's path, for what it refuses by itself. Raises InputError."""
+    """Build the method on a small net of the teacher's path, for what it and its times refuse. Raises InputError."""
     import copy
 
     from onestroke.method import Parts
     from onestroke.sampling import FewStep
+    from onestroke.teachers.pipeline import check_grid
     from onestroke.truth import Net
 
     net, null = Net(path, prediction, 2, 1, 1.0, width=8), {"label": torch.tensor([-1])}
@@ -192,7 +193,7 @@ def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, 
         conditions=null,
         solver_steps=run.solver_steps,
     )
-    get_method(method)(parts, **options)
+    check_grid(path, getattr(get_method(method)(parts, **options), "few", few))
 
 
 def check_init(run: Settings) -> None:

@@ -59,6 +59,7 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("cd", {"scheme": "huen"}, "Did you mean 'heun'?"),
         ("boot", {"delta": 0.0}, "delta=0.0"),
         ("tdm", {"student_steps": 4, "renoise": "fresh"}, "renoise=implied"),
+        ("tdm", {"student_steps": 3}, "renoise=implied needs a number of steps that divides 1000, not 3"),
     ],
 )
 def test_what_a_method_refuses(refused, method, given, says):

@@ -544,10 +544,7 @@ class PipelineTeacher:
         if isinstance(path, Table):
             plain = {"clip_sample": False, "thresholding": False}
             if few.renoise == "implied":
-                if path.num_timesteps % steps:
-                    raise InputError(
-                        f"renoise=implied needs a number of steps that divides {path.num_timesteps}, not {steps}."
-                    )
+                check_grid(path, few)
                 return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, **plain)
             origin = 8 if 8 % steps == 0 and path.num_timesteps % 8 == 0 else steps
             return LCMScheduler.from_config(config, original_inference_steps=origin, **plain)
@@ -557,6 +554,13 @@ class PipelineTeacher:
         kept |= {"use_dynamic_shifting": False, "stochastic_sampling": steps == 1 or few.renoise == "fresh"}
         own = path if steps == 1 or path.terminal is not None else stretched(path, steps)
         return FlowMatchEulerDiscreteScheduler(**{**kept, "shift": own.shift, "shift_terminal": own.terminal or None})
+
+
+def check_grid(path: Flow | Table, few: FewStep) -> None:
+    """Refuse a number of DDIM steps that a table of times is no multiple of. Raises InputError."""
+    steps = len(few.times)
+    if isinstance(path, Table) and few.gridded and few.renoise == "implied" and path.num_timesteps % steps:
+        raise InputError(f"renoise=implied needs a number of steps that divides {path.num_timesteps}, not {steps}.")
 
 
 def told_times(config: Mapping[str, Any], flow: bool) -> Any:
