@@ -125,7 +125,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Network calls; default: as trained, 25 for a teacher.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
-    guidance_scale: Annotated[float, typer.Option(help="Of a teacher; a student has it built in.")] = 3.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of a teacher, default 3; or of a student that was told it in training.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What a student is to stay away from.")] = "",
     nasa_scale: Annotated[float | None, typer.Option(help="How much; default: 0.2, or as trained.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA of the teacher, a safetensors file.")] = None,

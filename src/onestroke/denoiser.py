@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -286,7 +286,7 @@ class Routed(nn.Module):
 
     def __init__(self, nets: Sequence[nn.Module], router: Callable[[Cond], Tensor]):
         super().__init__()
-        self.nets, self.router, self.path = nn.ModuleList(nets), router, nets[0].path
+        self.nets, self.router, self.path = nn.ModuleList(nets), router, plain(nets[0]).path
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         owner = self.router(cond)
@@ -318,17 +318,41 @@ class TwoTimes(nn.Module):
         self.shift = nn.Linear(8, found[0].shape[-1], bias=False).to(like)
         nn.init.zeros_(self.shift.weight)
 
+    def added(self, s: Tensor) -> Tensor:
+        """What s (B,) adds to the time embedding, (B, E)."""
+        angle = s[:, None] * (torch.pi / 2) * torch.arange(1, 5, device=s.device)
+        return self.shift(torch.cat([angle.sin(), 1 - angle.cos()], 1).to(self.shift.weight))
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Estimate:
         if "s" not in cond:
             return self.net(x, t, cond)
-        angle = cond["s"][:, None] * (torch.pi / 2) * torch.arange(1, 5, device=x.device)
-        shift = self.shift(torch.cat([angle.sin(), 1 - angle.cos()], 1).to(self.shift.weight))
-        module = self.net.get_submodule(self.clock)
+        shift, module = self.added(cond["s"]), self.net.get_submodule(self.clock)
         handle = module.register_forward_hook(lambda module, args, out: out + shift)
         try:
             return self.net(x, t, {k: v for k, v in cond.items() if k != "s"})
         finally:
             handle.remove()
+
+
+class Told(NamedTuple):
+    """Which guidance a student is told by cond["s"] (see `TwoTimes`): scale + slope s, within `reach` of `scale`."""
+
+    scale: float
+    slope: float
+    reach: float
+
+    def side(self, guidance_scale: float) -> float:
+        """The s that stands for a guidance. Raises InputError for one that was not trained."""
+        if abs(guidance_scale - self.scale) > self.reach + 1e-6:
+            low, high = self.scale - self.reach, self.scale + self.reach
+            raise InputError(f"this student knows guidance scales from {low:g} to {high:g}, not {guidance_scale:g}.")
+        return (guidance_scale - self.scale) / self.slope
+
+
+def told_around(scale: float, spread: float) -> Told | None:
+    """What `guidances` of this scale and spread tell; None where they are all one."""
+    slope = (scale - 1) * spread
+    return Told(scale, slope, abs(slope)) if slope else None
 
 
 def guidances(draw: Draws, scale: float, spread: float) -> tuple[Tensor, Tensor | None]:
@@ -342,7 +366,7 @@ def guidances(draw: Draws, scale: float, spread: float) -> tuple[Tensor, Tensor 
 
 
 def plain(net: nn.Module) -> nn.Module:
-    """The network that is kept of a student: without the second time, which training alone reads."""
+    """The network that a student's pipeline holds: without the second time."""
     return net.net if isinstance(net, TwoTimes) else net
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onestroke.denoiser import Denoiser, Guided, tap
+from onestroke.denoiser import Denoiser, Guided, Told, tap
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.heads import Critic, Head, Heads, Pool, feature_channels
@@ -201,6 +201,8 @@ class Method(nn.Module, ABC):
     draws in as many steps (not the law: guidance moves it, and few steps of a solver are not exact)."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, where they differ from the trainer's."""
+    guidance: Told | None = None
+    """Which guidance the student, a `TwoTimes`, is told, if it is; an instance says its own."""
     phases: tuple[int, ...] = ()
     """Rounds after the first from which on a round does something else: other calls, turns or networks, not other
     numbers alone. `plan` plays them; what comes after the run's end is not read. An instance says its own."""

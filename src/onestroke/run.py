@@ -388,12 +388,12 @@ def distill(
         recipe.save(out)
     trainer.run()
     few = getattr(playing, "few", parts.few)  # as the method calls it now: times may be found by training
-    student = plain(trainer.finish())
+    student = trainer.finish()
     if trainer.accelerator.is_main_process:
         card = {"method": method, "teacher": name, "rounds": trainer.round, "seconds": round(trainer.seen, 1)}
         card |= {"layers": run.layers} if run.layers < 1 else {}
-        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)})
-        check_pipeline(out, open_plain(out), teacher, student, few, "diffusers")
+        save_student(teacher, student, few, out, {**card, "teacher_licence": licence_of(name)}, playing.guidance)
+        check_pipeline(out, open_plain(out), teacher, plain(student), few, "diffusers")
         write_card(out)
     trainer.accelerator.wait_for_everyone()
     return load_student(out)

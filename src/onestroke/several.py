@@ -138,5 +138,6 @@ def load_several(folder: Path, **speed: Any) -> Student:
         raise InputError(f"{file} names student {last}, and {folder / CARD} knows {card['students']}.")
     parts = [load_student(folder_of(folder, k), **speed) for k in range(card["students"])]
     model = parts[0].model
-    model.net = cast(Any, Routed([part.model.net for part in parts], router))
-    return Student(model, card, folder)
+    net, told = Routed([part.net for part in parts], router), parts[0].told
+    model.net = cast(Any, net)
+    return Student(model, card, folder, told and (net, told))

@@ -31,6 +31,7 @@ from onestroke.students.graphs import (
     real_tables,
     write_onnx,
 )
+from onestroke.students.guidance import GUIDANCE
 from onestroke.students.model_card import write_card
 from onestroke.students.parity import (
     DTYPES,
@@ -78,8 +79,9 @@ def to_diffusers(student: Student, out: Path, dtype: str) -> None:
     open_plain(student.folder, DTYPES[dtype]).save_pretrained(out, safe_serialization=True)
     if (student.folder / LORA).is_dir():
         shutil.copytree(student.folder / LORA, out / LORA)
-    if (student.folder / BRANCH).is_file():
-        shutil.copy(student.folder / BRANCH, out / BRANCH)
+    for beside in (BRANCH, GUIDANCE):
+        if (student.folder / beside).is_file():
+            shutil.copy(student.folder / beside, out / beside)
     carry(student, out, "diffusers")
     pipeline = open_plain(out, DTYPES[dtype])
     check_pipeline(out, pipeline, student.model, student.model.net, student.few, "diffusers", dtype=dtype)
@@ -243,6 +245,7 @@ def to_sprint(student: Student, out: Path) -> None:
     sana_sprint(student, steps).save_pretrained(out, safe_serialization=True)
     few, (height, width) = sprint_few(student, steps), model.size
     call = {**sprint_call(steps), "height": height, "width": width, "use_resolution_binning": False}
+    call |= {"guidance_scale": student.told.scale} if student.told else {}
     carry(student, out, "sprint", call=call)
     with same_luck():
         drawn = by_diffusers(open_plain(out), model, call)

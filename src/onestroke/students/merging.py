@@ -13,10 +13,11 @@ from torch import Tensor
 
 from onestroke.errors import InputError, read_json
 from onestroke.run import check_empty
+from onestroke.students.guidance import save_guidance
 from onestroke.students.student import CARD, Student, load_student, read_card
 from onestroke.teachers.branch import BRANCH, save_branch
 
-SAME = ("student_steps", "times", "renoise", "encoder", "size")  # of the cards
+SAME = ("student_steps", "times", "renoise", "encoder", "size", "guidance")  # of the cards
 
 
 def blended(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -81,15 +82,16 @@ def merge(students: Sequence[str | Path], weights: Sequence[float] | None = None
     from onestroke.students.parity import check_pipeline, open_plain
 
     student = load_student(folders[0])
-    net = student.model.net
-    later = (load_student(f).model.net.state_dict() for f in folders[1:])
+    net = student.net
+    later = (load_student(f).net.state_dict() for f in folders[1:])
     net.load_state_dict(blended((s for group in ([net.state_dict()], later) for s in group), parts))
     student.model.pipeline.save_pretrained(out, safe_serialization=True)
-    save_branch(net, out)
+    save_branch(student.model.net, out)
+    save_guidance(net, student.told, out)
     known = {k: " + ".join(dict.fromkeys(str(c.get(k)) for c in cards)) for k in ("method", "teacher")}
     card = {k: v for k, v in cards[0].items() if k not in ("rounds", "seconds")}
     card |= known | {"merged": {"students": [str(f) for f in folders], "weights": parts}}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    check_pipeline(out, open_plain(out), student.model, net, student.few, "diffusers")
+    check_pipeline(out, open_plain(out), student.model, student.model.net, student.few, "diffusers")
     write_card(out)
     return load_student(out)

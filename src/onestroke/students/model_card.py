@@ -11,6 +11,7 @@ from typing import Any
 from onestroke.errors import InputError, read_json
 from onestroke.methods import get_method, options
 from onestroke.settings import Settings
+from onestroke.students.guidance import GUIDANCE
 from onestroke.teachers import locate
 from onestroke.teachers.branch import BRANCH
 
@@ -67,6 +68,16 @@ with negative_prompt(pipeline, "blurry", branch="{here}/{branch}"):
 ```
 """
 
+GUIDANCE_NOTE = """
+The pipeline draws as under a guidance_scale of {scale:g}, the run's. What the student has learned of others, from
+{low:g} to {high:g}, is in `{guidance}`, which onestroke reads:
+
+```python
+from onestroke import load_student
+
+load_student("{here}")("a prompt", guidance_scale={high:g})
+```
+"""
 ONCE_NOTE = """
 This student was trained to run its encoder once, on the noise, and its decoder for all steps. Diffusers opens this
 folder, but its pipeline runs the encoder in every step: it draws other pictures, which nothing was trained for.
@@ -222,11 +233,18 @@ def text_of(folder: Path) -> str:
         ONCE_NOTE if once else "",
         ONNX_NOTE if kind == "onnx" else "",
         BRANCH_NOTE.format(branch=BRANCH, here=here, call=words) if (folder / BRANCH).is_file() else "",
+        guidance_words(card["guidance"], here) if (folder / GUIDANCE).is_file() else "",
         "\n## Settings\n\n" + table(("setting", "value"), settings_of(recipe)) if recipe else "",
         "\n## Measured\n\n" + figures_of(report) if report and figures_of(report) else "",
         "\n## Parity\n\n" + parity_words(parity) if parity else "",
     ]
     return "".join(parts)
+
+
+def guidance_words(told: dict[str, float], here: str) -> str:
+    """How a student that was told its guidance is drawn with under another."""
+    low, high = told["scale"] - told["reach"], told["scale"] + told["reach"]
+    return GUIDANCE_NOTE.format(scale=told["scale"], low=low, high=high, guidance=GUIDANCE, here=here)
 
 
 def weights_words(card: dict[str, Any]) -> dict[str, str]:

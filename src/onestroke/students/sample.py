@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+from onestroke.denoiser import Told
 from onestroke.errors import InputError, read_json
 from onestroke.students.control import check_control, read_picture
+from onestroke.students.guidance import side_of
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.students.student import CARD, SeededNoise, check_whole, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
@@ -28,7 +31,7 @@ def sample(
     steps: int | None = None,
     count: int = 1,
     seed: int = 0,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     negative: str = "",
     nasa_scale: float | None = None,
     lora: str | Path | None = None,
@@ -41,7 +44,8 @@ def sample(
     """Draw `count` pictures of every prompt; write them to `out`, a PNG with one row per prompt, if given.
 
     Picture j of prompt i uses seed + i count + j. negative, nasa_scale: what a student is to stay away from, and how
-    much (see `onestroke.teachers.nasa`). lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
+    much (see `onestroke.teachers.nasa`). guidance_scale: of a teacher, by default 3; of a student that was told it in
+    training, by default its run's. lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
     control_image, control_scale: a ControlNet of the teacher with a student, and the picture it reads. Raises
     InputError for a model that is neither, or an existing `out`.
     """
@@ -55,17 +59,23 @@ def sample(
         raise InputError("--controlnet and --control-image go together.")
     if negative and controlnet:
         raise InputError("--negative and --controlnet do not go together yet; leave one out.")
+    if guidance_scale is not None and controlnet:
+        raise InputError("--guidance-scale and --controlnet do not go together yet; leave one out.")
     every = [p for p in prompts for _ in range(count)]
     if is_student(model):
         if controlnet is not None and control_image is not None:
             check_whole(read_card(Path(model)), "a ControlNet")
             check_control(controlnet, Path(model))
             picture = read_picture(control_image)
+        if guidance_scale is not None:
+            known = read_json(Path(model) / CARD).get("guidance")
+            side_of(known and Told(**known), guidance_scale)
         student = load_student(model, lora=lora, lora_scale=lora_scale)
         if controlnet is not None:
             images = student.with_controlnet(controlnet)(every, picture, seed, steps, scale=control_scale)
         else:
-            images = student(every, seed, steps, negative_prompt=negative, nasa_scale=nasa_scale)
+            more: dict[str, Any] = {"nasa_scale": nasa_scale, "guidance_scale": guidance_scale}
+            images = student(every, seed, steps, negative_prompt=negative, **more)
     else:
         source = locate(model)
         for name, value in (("--negative", negative), ("--controlnet", controlnet)):
@@ -75,14 +85,14 @@ def sample(
             if isinstance(source, Path):
                 inspect_folder(source)
             check_lora_base(source, lora)
-        teacher, images = load_teacher(model), []
+        teacher, images, scale = load_teacher(model), [], 3.0 if guidance_scale is None else guidance_scale
         if lora is not None:
             put_lora(teacher, lora, lora_scale)
         for i in range(0, len(every), 64):
             part = every[i : i + 64]
             noise = SeededNoise(len(part), seed + i).normal(teacher.shape)
             with torch.no_grad():
-                images += to_pil(teacher.draw(noise, part, steps or 25, guidance_scale))
+                images += to_pil(teacher.draw(noise, part, steps or 25, scale))
     if out is not None:
         side = images[0].size
         page = Image.new("RGB", (count * side[0], len(prompts) * side[1]), "white")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from torch import Tensor
 
+from onestroke.denoiser import Told, TwoTimes
 from onestroke.errors import InputError
 from onestroke.sampling import FewStep
 from onestroke.students.student import Student
@@ -45,14 +47,36 @@ def sprint_few(student: Student, steps: int) -> FewStep:
     return FewStep(student.model.path, tuple(sprint_times(steps).double().clamp(max=student.model.path.t_max).tolist()))
 
 
+def read_as(net: TwoTimes, told: Told, embed: Any, scale: float) -> None:
+    """Let a pipeline's embedding of guidance, which is given guidance_scale times `scale`, add to that of time what
+    `net` does, over the range that it was `told`.
+
+    That embedding is sinusoids and two layers. The first becomes steps along the range and a little beyond, the second
+    the least squares of what `net` adds on them: to 1e-5 of it.
+    """
+    first, last = embed.guidance_embedder.linear_1, embed.guidance_embedder.linear_2
+    guidance = torch.linspace(told.scale - told.reach, told.scale + told.reach, 257, dtype=torch.float64)
+    seen = embed.guidance_condition_proj((guidance * scale).to(first.weight))
+    rows = torch.cat([seen.double().cpu(), torch.ones(257, 1)], 1)
+    *line, start = torch.linalg.pinv(rows, rtol=1e-4) @ torch.linspace(-1, 1, 257, dtype=torch.float64)
+    first.weight.copy_(4 * torch.stack(line).expand(len(first.weight), -1))
+    first.bias.copy_(4 * (start - torch.linspace(-1.6, 1.6, len(first.bias), dtype=torch.float64)))
+    rows = torch.cat([F.silu(first(seen)).double().cpu(), torch.ones(257, 1)], 1)
+    wanted = net.added((guidance - told.scale) / told.slope).double().cpu()
+    *weight, bias = torch.linalg.pinv(rows, rtol=1e-7) @ wanted
+    last.weight.copy_(torch.stack(weight).T)
+    last.bias.copy_(bias)
+
+
 @torch.no_grad()
 def sana_sprint(student: Student, steps: int | None = None) -> Any:
     """A SanaSprintPipeline with SCMScheduler that draws in `steps` calls what the student draws at `sprint_times`.
 
     steps: 1 to 4, by default the student's. Call it with `sprint_call(steps)`, the pictures' height and width, and
     use_resolution_binning=False; write it by its save_pretrained. Both take the flow through the same points, so that
-    the network stays as it is but for two embeddings. Guidance: the student has it in its weights, so that what would
-    be added for it is zero, whatever guidance_scale is given. Time: the pipeline tells it as a number to 1, a teacher
+    the network stays as it is but for two embeddings. Guidance: of a student that was told it, the pipeline reads its
+    guidance_scale in the range of training (see `read_as`); of others, what would be added for it is zero, whatever is
+    given. Time: the pipeline tells it as a number to 1, a teacher
     reads it to 1000; the first layer after the sinusoids is the smallest that answers the same at these times, and
     does not at others. That of four steps has weights of hundreds: it needs float32.
     Raises InputError for a student of another pipeline, and for other numbers of steps.
@@ -69,6 +93,8 @@ def sana_sprint(student: Student, steps: int | None = None) -> Any:
     embed = twin.time_embed
     for p in embed.guidance_embedder.linear_2.parameters():
         p.zero_()
+    if student.told is not None:
+        read_as(cast(TwoTimes, student.net), student.told, embed, net.config.guidance_embeds_scale)
     told, t = sprint_times(steps).to(net.device), sprint_few(student, steps).times
     time = clock(model.path, torch.tensor(t, dtype=torch.float64, device=net.device))
     seen, read = (embed.time_proj(v.float()).double() for v in (told, model.call.scale * time + model.call.offset))

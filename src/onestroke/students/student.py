@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onestroke.denoiser import negated
+from onestroke.denoiser import Told, negated, plain
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.sampling import FewStep
+from onestroke.students.guidance import GUIDANCE, read_guidance, save_guidance, side_of
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.teachers.branch import BRANCH, read_branch, save_branch
 from onestroke.teachers.nasa import check_steerable
@@ -65,21 +66,31 @@ def weights_of(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def save_student(teacher: PipelineTeacher, net: nn.Module, few: FewStep, out: Path, card: dict[str, Any]) -> None:
+def save_student(
+    teacher: PipelineTeacher,
+    net: nn.Module,
+    few: FewStep,
+    out: Path,
+    card: dict[str, Any],
+    told: Told | None = None,
+) -> None:
     """Write `out` as a diffusers pipeline whose scheduler carries the student's times, and `card` beside it.
 
-    The adapters of a student that has some are merged there; `out`/lora keeps them as they were trained. A
-    negative-prompt branch, which no ordinary network has, stands in `out`/branch.safetensors alone.
+    The adapters of a student that has some are merged there; `out`/lora keeps them as they were trained. What no
+    ordinary network has stands beside it alone: a negative-prompt branch, and how a student that was `told` its
+    guidance reads others than the run's.
     """
-    whole = merged(net).to(torch.float32)
+    whole = merged(plain(net)).to(torch.float32)
     pipeline = teacher.student_pipeline(whole, few)
     pipeline.save_pretrained(out, safe_serialization=True)
     save_branch(whole, out)
-    if found := adapters(net):
+    save_guidance(net, told, out)
+    if found := adapters(plain(net)):
         save_lora(found, out / LORA)
     how: dict[str, Any] = {"encoder": few.encoder} if few.ahead else {}
     how |= {} if few.gridded else {"times": few.times}
     how |= {"renoise": few.renoise, "size": teacher.size, "call": teacher.plain_call(few)}
+    how |= {"guidance": told._asdict()} if told else {}
     how["weights"] = {"student": weights_of(whole), "teacher": weights_of(teacher.net)}
     card = {**card, "student_steps": len(few.times), **how, "teacher_fingerprint": fingerprint(teacher.net)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -104,18 +115,26 @@ class Student:
     """A distilled generator. Call it with prompts; it returns PIL images.
 
     Attributes: model, the pipeline as a denoiser; few, how it is called; card, what was written at training; folder,
-    where it was read.
+    where it was read; told, which guidance scales it knows, where it knows more than one, and net, which reads them.
     """
 
-    def __init__(self, model: PipelineTeacher, card: dict[str, Any], folder: Path | None = None):
+    def __init__(
+        self,
+        model: PipelineTeacher,
+        card: dict[str, Any],
+        folder: Path | None = None,
+        guided: tuple[nn.Module, Told] | None = None,
+    ):
         self.model, self.card, self.folder = model, card, folder
+        self.net = guided[0] if guided else model.net
+        self.told = guided[1] if guided else None
         how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
         times = tuple(card["times"]) if "times" in card else model.path.grid(card["student_steps"])
         self.few = FewStep(model.path, times, **how)
 
     def to(self, device: torch.device | str) -> Student:
         self.model.to(device)
-        self.model.net.to(device)  # more than the pipeline's own, where several students are one
+        self.net.to(device)  # more than the pipeline's own, where several students are one or guidance is read
         return self
 
     def calls(self, steps: int | None = None) -> FewStep:
@@ -135,9 +154,14 @@ class Student:
     def latents(self, cond: Cond, seed: int = 0, steps: int | None = None) -> Tensor:
         """x0 (B, C, H, W) by the sampler the student was trained with."""
         noise = SeededNoise(len(next(iter(cond.values()))), seed)
-        return self.calls(steps).sample(
-            self.model.net, noise.normal(self.model.shape).to(self.model.device), cond, noise
-        )
+        return self.calls(steps).sample(self.net, noise.normal(self.model.shape).to(self.model.device), cond, noise)
+
+    def side(self, guidance_scale: float) -> float:
+        """What tells the student this guidance. Raises InputError where it knows none but its run's, or not this."""
+        side = side_of(self.told, guidance_scale)
+        if getattr(getattr(self.model.pipeline, self.model.part), "_compiled_call_impl", None) is not None:
+            raise InputError("guidance_scale changes a layer of the network; load the student without compile.")
+        return side
 
     def __call__(
         self,
@@ -147,16 +171,19 @@ class Student:
         batch_size: int = 64,
         negative_prompt: str = "",
         nasa_scale: float | None = None,
+        guidance_scale: float | None = None,
     ) -> list[Image.Image]:
         """Draw one picture per prompt; picture i uses seed + i. `steps` defaults to the trained number.
 
         negative_prompt: what not to draw, as strongly as nasa_scale says (see `onestroke.teachers.nasa`), 0.2 by
         default; beyond 1 pictures degrade. A student with a branch for it (see `onestroke.teachers.branch`) reads it
-        there, by default as strongly as trained; without one it reads the prompt that it learned to. Raises InputError
-        where the network cannot be steered.
+        there, by default as strongly as trained; without one it reads the prompt that it learned to. guidance_scale:
+        for a student that was told it in training, by default its run's (see `onestroke.students.guidance`). Raises
+        InputError where the network cannot be steered, and for a guidance that the student does not know.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         steer, images = bool(negative_prompt) and nasa_scale != 0, []
+        side = None if guidance_scale is None else self.side(guidance_scale)
         if steer:
             nets = [net for net in self.model.net.modules() if hasattr(net, "call")]
             for net in nets:
@@ -167,6 +194,8 @@ class Student:
             cond = self.model.encode(prompts[i : i + batch_size])
             if steer:
                 cond = negated(cond, self.model.encode([negative_prompt]), nasa_scale)
+            if side is not None:
+                cond = {**cond, "s": torch.full((len(prompts[i : i + batch_size]),), side, device=self.model.device)}
             images += to_pil(self.model.decode(self.latents(cond, seed + i, steps)))
         return images
 
@@ -249,9 +278,10 @@ def load_student(
     if channels_last:
         for part in (getattr(model.pipeline, model.part), model.pipeline.vae):
             part.to(memory_format=torch.channels_last)
+    guided = read_guidance(folder / GUIDANCE, model) if (folder / GUIDANCE).is_file() else None
     if compile:
         getattr(model.pipeline, model.part).compile()
-    return Student(model, copy.deepcopy(card), folder)
+    return Student(model, copy.deepcopy(card), folder, guided)
 
 
 def read_tiny_decoder(source: str | Path, channels: int) -> nn.Module:

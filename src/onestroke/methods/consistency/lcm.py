@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from onestroke import terms, times
-from onestroke.denoiser import TwoTimes, guidances
+from onestroke.denoiser import TwoTimes, guidances, told_around
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.solvers import euler
 
@@ -19,8 +19,9 @@ class LCM(Method):
 
     grid: DDIM times, published 50, of 20 times of a thousand each. spread: the guidance less 1, the paper's w, is the
     run's times a number in 1 +- this: published 5 to 15 is guidance_scale 11 and 0.5. embed: tell it to the student, by
-    its time embedding; the student that is kept is told nothing, which means the run's own guidance_scale. keep: of the
-    average per round, published 0.95. distance: huber (per element, c = 0.001), l2 or l1.
+    its time embedding. Its pipeline draws under the run's own guidance_scale; what it has learned of the others is kept
+    beside it (see `onestroke.students.guidance`). keep: of the average per round, published 0.95. distance: huber (per
+    element, c = 0.001), l2 or l1.
     Ours: f(x, 0) = x holds by the states, not by a parameterisation, which at the published times is 1 to 1e-3.
     Published settings (SD 1.5): AdamW 1e-6, clip 1. As LoRA it is `lcm-lora`.
     """
@@ -44,6 +45,7 @@ class LCM(Method):
     ):
         super().__init__(parts)
         self.student = TwoTimes(parts.student, parts.shape, parts.null) if embed else parts.student
+        self.guidance = told_around(parts.guidance_scale, spread) if embed else None
         self.slow, self.teacher = parts.target(self.student), parts.teacher
         self.path, self.guide, self.scale = parts.path, parts.guide, parts.guidance_scale
         self.grid, self.spread, self.embed, self.keep = times.strides(parts.path, grid), spread, embed, keep

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from onestroke import terms
-from onestroke.denoiser import TwoTimes
+from onestroke.denoiser import Told, TwoTimes
 from onestroke.draws import Draws
 from onestroke.method import Batch, Parts, Turn, frozen
 from onestroke.methods.consistency.scm import SCM
@@ -26,9 +26,9 @@ class SanaSprint(SCM):
     published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance there is none. ramp:
     rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
     sigma_data, norm, velocity, weight, difference: as in `scm`.
-    Ours: the student reads the distance of that guidance from the run's, so that the network that is kept is that of
-    the run's; the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read on
-    the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
+    Ours: the student reads the distance of that guidance from the run's, so that its pipeline draws under the run's
+    (see `lcm`); the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read
+    on the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
     FlowMatchEuler's scheduler: the published sampler, but for its angles 1.5708 and 1.3. At those a SANA's student is
     drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: no images paired with
     wrong captions (an option), QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000,
@@ -63,6 +63,7 @@ class SanaSprint(SCM):
         self.student, self.heads = TwoTimes(parts.student, parts.shape, parts.null), parts.heads()
         self.gan, self.top, self.gan_level, self.kind = gan, top, (gan_mean, gan_std), terms.checked_gan(loss)
         self.scale, self.spread = parts.guidance_scale, spread if parts.guidance_scale != 1 else 0.0
+        self.guidance = Told(self.scale, 10.0, self.spread) if self.spread else None
 
     def judge(self, x: Tensor, cond: Cond, t: Tensor, draw: Draws) -> Tensor:
         """The heads' logits (B, N) of samples x (B, *D), noised to t."""

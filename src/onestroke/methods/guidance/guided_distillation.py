@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from onestroke import terms, times
-from onestroke.denoiser import TwoTimes, guidances
+from onestroke.denoiser import TwoTimes, guidances, told_around
 from onestroke.method import Batch, Parts, Turn, follow
 from onestroke.methods.flow.progressive import Progressive
 from onestroke.paths import Cond, Path
@@ -31,9 +31,8 @@ class GuidedDistillation(Progressive):
 
     guide_steps: 0, ours: as long as a stage. start, stage_steps: as in `progressive`, but that 0 counts the stage of
     guidance too. spread: the guidance less 1, the paper's w, is the run's times a number in 1 +- this: published 2 to
-    14 (Stable Diffusion) is guidance_scale 9 and 0.75. embed: tell it to the student, by its time embedding; the
-    student that is kept is told nothing, which means the run's own guidance_scale (see `lcm`). Stage one alone, of one
-    guidance and over the frozen teacher, is `lora-enhanced`.
+    14 (Stable Diffusion) is guidance_scale 9 and 0.75. embed: tell it to the student, by its time embedding (see
+    `lcm`). Stage one alone, of one guidance and over the frozen teacher, is `lora-enhanced`.
     Ours: the distance of w from the run's is embedded, not w itself; the deterministic sampler.
     """
 
@@ -55,6 +54,7 @@ class GuidedDistillation(Progressive):
         if embed:
             self.student = TwoTimes(parts.student, parts.shape, parts.null)
             self.last = parts.target(self.student)
+            self.guidance = told_around(parts.guidance_scale, spread)
         self.scale, self.spread, self.embed = parts.guidance_scale, spread, embed
         self.stage_steps = stage_steps or max(1, parts.rounds // (len(self.stages) + 1))
         self.guide_steps = guide_steps or self.stage_steps
