@@ -358,11 +358,22 @@ def told_around(scale: float, spread: float) -> Told | None:
 def guidances(draw: Draws, scale: float, spread: float) -> tuple[Tensor, Tensor | None]:
     """(side, guidance), (B,) float64 each: a guidance drawn for every row, and where it lies in its range, [-1, 1].
 
-    The guidance less 1 is that of `scale` times 1 + spread side, and side, uniform, is what a student can be told as
-    cond["s"] (see `TwoTimes`): without it, it is one of `scale`. A scale of 1 is no guidance: None, whatever the side.
+    The guidance is that of `guidance_at`, and side, uniform, is what a student can be told as cond["s"] (see
+    `TwoTimes`): without it, it is one of `scale`. A scale of 1 is no guidance: None, whatever the side.
     """
     side = draw.uniform(-1.0, 1.0)
-    return side, None if scale == 1 else 1 + (scale - 1) * (1 + spread * side)
+    return side, None if scale == 1 else guidance_at(side, scale, spread)
+
+
+def guidance_at(side: Tensor, scale: float, spread: float) -> Tensor:
+    """The guidance (B,) that lies at `side` (B,) in [-1, 1]: less 1, it is that of `scale` times 1 + spread side."""
+    return 1 + (scale - 1) * (1 + spread * side)
+
+
+def sides(rows: Tensor) -> Tensor:
+    """Where the guidances of the stored ways number `rows` (B,) lie in their range: (B,) float64 in (-1, 1), any run of
+    them evenly spread, by the golden ratio."""
+    return 2 * ((rows.double() + 0.5) * (5**0.5 - 1) / 2).frac() - 1
 
 
 def plain(net: nn.Module) -> nn.Module:

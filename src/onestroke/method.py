@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     x0: Tensor | None = None  # (B, *D) real latents, for the methods that need them
     pairs: Pairs | None = None  # of the teacher's solver, for the methods that need them
     ways: Tensor | None = None  # (B, K + 1, *D) states of the teacher's DDIM way (see `solvers.way`), likewise
+    side: Tensor | None = None  # (B,) where the guidance of a pair or way lies in its range (see `denoiser.sides`)
 
 
 class Reward(Protocol):
@@ -158,6 +159,7 @@ NEEDS = {
     "x0": "real images with captions",
     "pairs": "noise and pictures of the teacher's solver",
     "ways": "all states of the teacher's solver on its way from noise to picture",
+    "sides": "those under a guidance of their own each, as far around the run's as the option spread says",
     "reward": "a differentiable reward",
     "features": "a teacher whose layers can be tapped",
     "steering": "attention that can be steered away from a second text",

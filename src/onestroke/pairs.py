@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from onestroke.denoiser import guidance_at, sides
 from onestroke.errors import InputError, read_json
 from onestroke.method import Pairs, Parts
 from onestroke.paths import Cond
@@ -43,11 +44,12 @@ class Stack:
         return torch.stack([self.parts[i // size][i % size] for i in rows.tolist()])
 
 
-def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False) -> dict[str, Any]:
+def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False, spread: float = 0.0) -> dict[str, Any]:
     """What pairs, or ways, depend on beside the teacher. pairs.json keeps it, and the hash of it all seeds their
-    noise."""
+    noise. spread: of the guidances of ways that have one of their own each (see `denoiser.sides`)."""
     asked = {k: getattr(run, k) for k in ("guidance_scale", "solver", "solver_steps", "seed")}
-    return {"prompts_sha256": prompts_sha256, **asked, **({"ways": True} if ways else {})}
+    more = ({"ways": True} if ways else {}) | ({"spread": spread} if spread else {})
+    return {"prompts_sha256": prompts_sha256, **asked, **more}
 
 
 def check_pairs(folder: Path, about: Mapping[str, Any], files: str = "") -> None:
@@ -60,7 +62,7 @@ def check_pairs(folder: Path, about: Mapping[str, Any], files: str = "") -> None
     found = read_json(folder / INDEX)
     if about.get("ways") and not found.get("ways"):
         raise InputError(f"{folder} holds pairs without the states between; give another --pairs.")
-    for key, value in about.items():
+    for key, value in {"spread": None, **about}.items():
         if found.get(key) != value:
             raise InputError(
                 f"{folder} holds other pairs: their {key} is {found.get(key)!r}, not {value!r}. "
@@ -134,8 +136,9 @@ def make_pairs(
             solved: list[dict[str, Tensor]] = []
             for start in range(0, len(noise), batch_size):
                 z = noise[start : start + batch_size].to(state.device)
-                chosen = torch.arange(shards[i][start], shards[i][start] + len(z)) % _length(cond)
-                solved.append(_solved(parts, z, {k: v[chosen].to(z.device) for k, v in cond.items()}, made))
+                rows = torch.arange(shards[i][start], shards[i][start] + len(z), device=z.device)
+                chosen = {k: v[rows.to(v.device) % _length(cond)].to(z.device) for k, v in cond.items()}
+                solved.append(_solved(parts, z, chosen, made, rows))
                 bar.show(sum(len(shards[j]) for j in mine if j < i) + start + len(z), {})
             _write(_file(folder, i), {"noise": noise} | {k: torch.cat([s[k] for s in solved]) for k in solved[0]})
     state.wait_for_everyone()
@@ -151,13 +154,19 @@ def _length(cond: Cond) -> int:
     return len(next(iter(cond.values())))
 
 
-def _solved(parts: Parts, noise: Tensor, cond: Cond, made: Mapping[str, Any]) -> dict[str, Tensor]:
+def _solved(parts: Parts, noise: Tensor, cond: Cond, made: Mapping[str, Any], rows: Tensor) -> dict[str, Tensor]:
     """What the guided teacher makes of noise (B, *D), on the CPU: x0 (B, *D), and its states where they are kept."""
-    teacher, steps = parts.guide(parts.teacher), made["solver_steps"]
+    teacher, steps = spread_guide(parts, rows, made.get("spread", 0.0)), made["solver_steps"]
     if not made.get("ways"):
         return {"x0": solve(teacher, parts.path, noise, cond, steps, made["solver"]).cpu()}
     states = way(teacher, parts.path, noise, cond, steps).cpu()
     return {"x0": states[:, -1].contiguous(), "states": states}
+
+
+def spread_guide(parts: Parts, rows: Tensor, spread: float) -> nn.Module:
+    """The guided teacher of the pairs number `rows` (B,), each under a guidance of its own unless spread is 0."""
+    scale = guidance_at(sides(rows), parts.guidance_scale, spread) if spread else None
+    return parts.guide(parts.teacher, scale)
 
 
 def _file(folder: Path, shard: int) -> Path:

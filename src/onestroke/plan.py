@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from onestroke.denoiser import fused_attention
+from onestroke.denoiser import fused_attention, sides
 from onestroke.draws import Draws
 from onestroke.errors import InputError, read_json, unknown
 from onestroke.images import Pictures
@@ -170,7 +170,8 @@ def played(trainer: Trainer, batches: int, size: int, memory: Memory) -> Plan:
         for k in range(batches):
             draw = Draws(0, step, size, k * size, batches * size)
             ways = cast(Tensor | None, data.ways)
-            micro.append(Batch(draw.normal(data.shape), data.cond, draw, data.x0, data.pairs, ways))
+            side = None if data.pairs is None else sides(torch.arange(size))
+            micro.append(Batch(draw.normal(data.shape), data.cond, draw, data.x0, data.pairs, ways, side))
         kernel = (trainer.update, trainer.backward, trainer.advance, trainer.renew, trainer.share)
         play(trainer.method, micro, step, *kernel)
     return Plan(memory.peak, frozen, {p: holds(trainer, p) for p in trainer.method.players})

@@ -311,7 +311,8 @@ def distill(
     recipe, run, chosen = plan_run(name, method, lines, given, pictures, pairs is not None)
     check_machine(run)
     needs = cls.needs_of({**options(cls), **chosen}) - ({"times"} if run.student_steps == 1 else set())
-    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs)
+    spread = float({**options(cls), **chosen}["spread"]) if "sides" in needs else 0.0
+    kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs, spread)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     from onestroke.solvers import stops
     from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in, weights_sha256

@@ -17,6 +17,7 @@ from onestroke.draws import Draws
 from onestroke.errors import InputError, unknown
 from onestroke.method import Batch, Method, Pairs, Parts, Reward, Turn
 from onestroke.methods import METHODS, get_method, options
+from onestroke.pairs import spread_guide
 from onestroke.paths import EDM, VP, Cond, Flow, Path, Prediction, like
 from onestroke.run import recipe_layers
 from onestroke.sampling import FewStep
@@ -171,9 +172,10 @@ def _data(teacher: GaussianMixture, seed: int, null_rate: float = 0.1, count: in
     return Data(teacher.shape, {"label": label}, x0)
 
 
-def _solved(parts: Parts, data: Data, run: Settings, ways: bool) -> Data:
+def _solved(parts: Parts, data: Data, run: Settings, ways: bool, spread: float = 0.0) -> Data:
     """With pairs of the exact teacher's solver, of the first conditions, or with its ways."""
-    count, teacher = 16_384, parts.guide(parts.teacher)
+    count = 16_384
+    teacher = spread_guide(parts, torch.arange(count), spread)
     noise = torch.randn((count, *parts.shape), generator=torch.Generator().manual_seed(run.seed + 4))
     cond = {k: v[:count] for k, v in data.cond.items()}
     if not ways:
@@ -274,7 +276,8 @@ def distil(
         )
         data = _data(teacher, seed)
         if needs & {"pairs", "ways"}:
-            data = _solved(parts, data, run, "ways" in needs)
+            spread = {**options(cls), **chosen}["spread"] if "sides" in needs else 0.0
+            data = _solved(parts, data, run, "ways" in needs, spread)
         trainer = Trainer(cls(parts, **chosen), data, run)
         trainer.run(seconds - (time.monotonic() - began) - 0.03 * seconds)
     student, own, guided = trainer.finish(), getattr(trainer.method, "few", few), parts.guide(teacher)

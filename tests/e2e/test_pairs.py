@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_pipeline
 from e2e.test_cli import SMALL, UNET, assert_refusal, digest
-from onestroke import load_teacher, pairs
-from onestroke.denoiser import Guided
+from onestroke import load_student, load_teacher, pairs
+from onestroke.denoiser import Guided, Told
 from onestroke.method import Parts
 from onestroke.pairs import fingerprint
 from onestroke.paths import VP
@@ -215,10 +215,42 @@ def test_other_methods_read_ways_and_what_is_missing_of_them_is_made(ways_run):
     said = more("second", "--pairs", kept, method="kd")
     assert (said.code, said.err) == (0, ""), said
     assert digest(kept) == before
-    said = more("third", "--pairs", kept, "--set", "student_steps=4", method="agd")
+    said = more("third", "--pairs", kept, "--set", "student_steps=4", "--set", "spread=0", method="agd")
     assert (said.code, said.err) == (0, ""), said
     assert digest(kept) == before
     assert not (folder.parent / "third" / "pairs").exists()
+
+
+def test_ways_have_a_guidance_of_their_own_each(ways_run, pipeline_folder, prompt_file):
+    """Way i of the golden ratio's number i, as typed; those of one guidance are others, and for nobody else."""
+    folder, more = ways_run
+    assert_refusal(
+        more("agd", "--pairs", folder / "pairs", "--set", "student_steps=4", method="agd"),
+        "their spread is None, not 1.0",
+    )
+    said = more("agd", "--set", "student_steps=4", "--set", "spread=0.5", "--set", "guidance_scale=3", method="agd")
+    assert (said.code, said.err) == (0, ""), said
+    kept, teacher = folder.parent / "agd" / "pairs", load_teacher(pipeline_folder)
+    assert json.loads((kept / "pairs.json").read_text())["spread"] == 0.5
+    files = [load_file(kept / f"0000{i}.safetensors") for i in range(2)]
+    states = torch.cat([file["states"] for file in files])
+    lines = prompt_file.read_text().split("\n")[:6]
+    cond, t = teacher.encode([*lines, lines[0]]), torch.full((7,), 1.0, dtype=torch.float64)
+    side = torch.tensor([2 * ((i + 0.5) * 0.6180339887498949 % 1) - 1 for i in range(7)])
+    assert side.min() < -0.5 < 0.5 < side.max()
+    with torch.no_grad():
+        yes, no = (
+            teacher.net(states[:, 0], t, c) for c in (cond, dict.fromkeys(cond, teacher.null["text"].expand(7, -1, -1)))
+        )
+    w = (1 + 2 * (1 + 0.5 * side)).float()[:, None, None, None]
+    s = torch.full((7,), 874 / 999, dtype=torch.float64)
+    first = teacher.path.mix(no.x0 + w * (yes.x0 - no.x0), no.eps + w * (yes.eps - no.eps), s)
+    torch.testing.assert_close(states[:, 1], first, rtol=1e-4, atol=1e-4)
+    assert_refusal(
+        more("kd", "--pairs", kept, "--set", "guidance_scale=3", method="kd"), "their spread is 0.5, not None"
+    )
+    student = load_student(folder.parent / "agd")
+    assert student.told == Told(3.0, 1.0, 1.0)
 
 
 def test_more_ways_keep_those_there_were(ways_run):

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from contract.build import batch as small_batch
-from contract.build import settings_of, small_net
+from contract.build import build, settings_of, small_net
+from onestroke.denoiser import Guided, Told, TwoTimes, told_around
 from onestroke.method import Batch
+from onestroke.methods import options
 from onestroke.methods.guidance.agd import AGD
 from onestroke.paths import Estimate
 from onestroke.solvers import way
@@ -54,8 +56,47 @@ def play(cls, path, student, w=W):
     made, z = checks.parts(path, Shifting(path), student, None, w), checks.noise(seed=40)
     cond = {"label": torch.zeros(len(z), dtype=torch.int64)}
     ways = way(made.guide(made.teacher), path, z, cond, STEPS)
-    method = cls(replace(made, solver_steps=STEPS))
-    return checks.losses(method, Batch(z.flip(0), cond, Rows(z), ways=ways))["guide"]
+    method = cls(replace(made, solver_steps=STEPS), spread=0.0)
+    return checks.losses(method, Batch(z.flip(0), cond, Rows(z), ways=ways, side=tensor(0.0).expand(8)))["guide"]
+
+
+class TwoTold(nn.Module):
+    """A student that answers as N(w M, S^2) for the guidance w that it is told, and `off` beside."""
+
+    def __init__(self, path, off=0.0):
+        super().__init__()
+        self.path, self.off = path, nn.Parameter(tensor(off))
+
+    def forward(self, x, t, cond):
+        w = 1 + (W - 1) * (1 + 0.5 * cond["s"])
+        ests = [Seen(self.path, w_row * M + self.off.item())(x[i : i + 1], t[i : i + 1], {"label": cond["label"][:1]})
+                for i, w_row in enumerate(w.tolist())]  # fmt: skip
+        return Estimate(torch.cat([e.x0 for e in ests]), torch.cat([e.eps for e in ests]))
+
+
+def every_way_is_told_its_guidance(cls, name="vp"):
+    """Ways of w = 1 + (W - 1)(1 + s / 2): the loss vanishes at the means w m, each told by its s."""
+    path, z = make_path(name), checks.noise(seed=40)
+    made, side = checks.parts(path, Shifting(path), Seen(path, M), None, W), torch.linspace(-1, 1, 8, dtype=F64)
+    cond = {"label": torch.zeros(len(z), dtype=torch.int64)}
+    ways = way(Guided(made.teacher, 1 + (W - 1) * (1 + 0.5 * side), made.null), path, z, cond, STEPS)
+    for off, zero in ((0.0, True), (0.5, False)):
+        method = cls(replace(made, solver_steps=STEPS), spread=0.0)
+        method.student, method.guidance = TwoTold(path, off), told_around(W, 0.5)
+        found = checks.losses(method, Batch(z.flip(0), cond, Rows(z), ways=ways, side=side))["guide"]
+        assert (found < 1e-20) == zero
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_way_is_told_its_guidance(name):
+    every_way_is_told_its_guidance(AGD, name)
+
+
+def test_published_guidance_is_from_1_to_12():
+    assert told_around(AGD.defaults["guidance_scale"], options(AGD)["spread"]) == Told(6.5, 5.5, 5.5)
+    assert isinstance(build("agd").student, TwoTimes)
+    assert "sides" in AGD.needs_of({"spread": 1.0})
+    assert "sides" not in AGD.needs_of({"spread": 0.0})
 
 
 def mean_is_w_m(cls, name):
@@ -134,7 +175,12 @@ def gradient(module):
     gradient_is_that_of_the_mean(module.AGD)
 
 
+def told(module):
+    every_way_is_told_its_guidance(module.AGD)
+
+
 MUTANTS = [
+    ('"s": batch.side}', '"s": -batch.side}', told),
     ("self.count).long()", "self.count).long() * 0", states),
     ("k, k + 1)", "k, 0 * k + self.count)", mean),
     ("said.x0, said.eps", "said.eps, said.x0", mean),

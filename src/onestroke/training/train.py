@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from onestroke.denoiser import Denoiser, checkpointed
+from onestroke.denoiser import Denoiser, checkpointed, sides
 from onestroke.draws import Draws
 from onestroke.errors import DivergedError, InputError, read_json
 from onestroke.method import Batch, Game, Mean, Method, Pairs, Turn, advance, play
@@ -52,10 +52,11 @@ class Data:
         noise = draw.normal(self.shape)
         pairs = None if self.pairs is None else Pairs(*(v[rows].to(device) for v in self.pairs))
         ways = None if self.ways is None else self.ways[rows].to(device)
+        side = None if self.pairs is None else sides(rows).to(device)
         rows = rows % len(next(iter(self.cond.values())))
         cond = {k: v[rows].to(device) for k, v in self.cond.items()}
         x0 = None if self.x0 is None else self.x0[rows].to(device)
-        return Batch(noise, cond, draw, x0, pairs, ways)
+        return Batch(noise, cond, draw, x0, pairs, ways, side)
 
 
 def live(module: nn.Module) -> dict[str, nn.Parameter]:
