@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from onestroke.errors import InputError
-from onestroke.method import Batch, Mean
+from onestroke.method import Batch, Mean, play
 from onestroke.methods.flow.boss import Boss, cheapest
 from onestroke.paths import Estimate, like
 from onestroke.run import plan_run
@@ -78,7 +78,7 @@ def gain(knots, kappa):
 def first_round(cls, steps, fine=100):
     """The method after its first question is answered by itself, on a Gaussian of mean 0 and deviation 1 / 2."""
     path = make_path("flow")
-    method = build(cls, path, checks.Slope(path), steps, fine, knots="best")
+    method = build(cls, path, checks.Slope(path), steps, fine, knots="best", search=1)
     game = method.step(batch(path, noise_of_one(), 0.0, fine), 0)
     question = next(game)
     assert isinstance(question, Mean)
@@ -112,6 +112,26 @@ def sheet_s_knots(cls):
 
 def test_the_sheet_s_knots():
     sheet_s_knots(Boss)
+
+
+def knots_of_the_mean_cost(cls):
+    """Of all ways of the first rounds, in whatever micro-batches they come; later rounds change nothing."""
+    path, size = make_path("flow"), (1.0, 3.0, 2.0, 9.0)
+    method = build(cls, path, checks.Slope(path), 2, 20, knots="best", search=2)
+    parts = [batch(path, scale * noise_of_one(), 0.0, 20) for scale in size]
+    costs, wanted = [method.costs(part.ways) for part in parts], torch.zeros(21, 21, dtype=F64)
+    for step, games in enumerate((parts[:2], parts[2:], parts[3:])):
+        play(method, games, step, lambda player: method.zero_grad())
+        if step < 2:
+            wanted = (wanted * step + (costs[2 * step] + costs[2 * step + 1]) / 2) / (step + 1)
+        close(method.cost, wanted, 1e-9, 1e-12)
+        assert method.marks.tolist() == cheapest(wanted, 2)
+
+
+def test_the_knots_are_of_the_mean_cost():
+    knots_of_the_mean_cost(Boss)
+    assert build(Boss, make_path("flow"), None, 2, 8, search=5).phases == (5,)
+    assert build(Boss, make_path("flow"), None, 2, 8, knots="grid").phases == ()
 
 
 # ---- straightening -------------------------------------------------------------------------------------------
@@ -193,6 +213,7 @@ def test_it_is_trained_at_its_knots_alone():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"search": 0}, "search=0 rounds must be at least 1; set knots=grid for none"),
         ({"knots": "own"}, "knots='own' must be one of grid, best"),
         ({"fine": 5}, r"the student's times \(1.0, 0.4994\d+\) are not among those of the teacher's ways"),
         ({"fine": 24}, "a grid of 24 steps leaves the noise end out; take a divisor of the teacher's times"),
@@ -228,7 +249,14 @@ def chords(module):
         straight_is_where_small_steps_end(module.Boss, name)
 
 
+def mean(module):
+    knots_of_the_mean_cost(module.Boss)
+
+
 MUTANTS = [
+    ("before.lerp(cost, 1 / (step + 1))", "before.lerp(cost, 1.0)", mean),
+    ("self.cost.copy_(before", "self.cost.copy_(self.cost", mean),
+    ("if step < self.search", "if self.search", mean),
     ("tril() > 0", "tril(-1) > 0", brute),
     ("(cost + best).min(1)", "(cost + best).min(0)", brute),
     ("choices.insert(0, choice)", "choices.append(choice)", brute),

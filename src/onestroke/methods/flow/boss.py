@@ -42,12 +42,13 @@ class Boss(Method):
     whose jumps cost least. Then the student's velocity eps - x0 at the state of a knot regresses that of the chord to
     the next knot's state: sampled at the knots, it ends where the small steps do.
 
-    knots: "best" (the paper), those that the first round finds, which the student is then sampled at: its pipeline is
-    called with them; "grid", those of a plain scheduler, for pipelines that take no times.
+    knots: "best" (the paper), those of the mean cost, which the student is then sampled at: its pipeline is called with
+    them; "grid", those of a plain scheduler, for pipelines that take no times. search: rounds whose ways the mean is
+    of, each of which finds the knots anew; 7 of 15 are the published 100.
     Ours: any path, by DDIM steps, which are Euler's on the straight one, where the published flows live and whose
     scale the cost has. The run's guidance is in the ways; their number and that of their steps are its settings.
-    Published settings: ways of 100 steps, costs of 100 of them (ours: of the first round's), then 5,000 (pair_count);
-    12,000 rounds of 15, LoRA as an option.
+    Published settings: ways of 100 steps, costs of 100 of them, before training, then 5,000 (pair_count); 12,000 rounds
+    of 15, LoRA as an option.
     """
 
     players = ("student",)
@@ -58,20 +59,26 @@ class Boss(Method):
     defaults = {"renoise": "implied", "batch_size": 15, "solver": "ddim", "solver_steps": 100}
 
     marks: Tensor
+    cost: Tensor
 
-    def __init__(self, parts: Parts, knots: str = "best"):
+    def __init__(self, parts: Parts, knots: str = "best", search: int = 7):
         super().__init__(parts)
         if knots not in KNOTS:
             raise InputError(f"knots={knots!r} must be one of {', '.join(KNOTS)}.")
         if len(parts.few.times) > 1 and parts.few.renoise != "implied":
             raise InputError("a student of DDIM steps needs renoise=implied.")
         self.student, self.teacher, self.start = parts.student, parts.teacher, parts.few
-        self.path, self.search, self.times = parts.path, knots == "best", stops(parts.path, parts.solver_steps)
+        if search < 1:
+            raise InputError(f"search={search} rounds must be at least 1; set knots=grid for none.")
+        self.path, self.times = parts.path, stops(parts.path, parts.solver_steps)
+        self.search = search if knots == "best" else 0
+        self.phases = (self.search,) if self.search else ()
         grid = torch.tensor((*parts.few.times, 0.0), dtype=torch.float64)
         near = (grid[:, None] - self.times).abs().min(1)
         if (near.values > 1e-9).any():
             raise InputError(f"the student's times {parts.few.times} are not among those of the teacher's ways.")
         self.register_buffer("marks", near.indices)
+        self.register_buffer("cost", torch.zeros(len(self.times), len(self.times), dtype=torch.float64))
 
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
@@ -99,9 +106,11 @@ class Boss(Method):
 
     def step(self, batch: Batch, step: int):
         assert batch.ways is not None
-        if self.search and step == 0:
+        if step < self.search:
+            before = self.cost.clone()  # micro-batches are answered one after the other
             cost = yield Mean(self.costs(batch.ways))
-            self.marks.copy_(torch.tensor(cheapest(cost, len(self.marks) - 1)))
+            self.cost.copy_(before.lerp(cost, 1 / (step + 1)))
+            self.marks.copy_(torch.tensor(cheapest(self.cost, len(self.marks) - 1)))
 
         k = (batch.draw.uniform() * (len(self.marks) - 1)).long()
         _, t, line = chord(self.path, batch.ways, self.marks[k], self.marks[k + 1])
