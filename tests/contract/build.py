@@ -67,6 +67,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "swiftbrush": {"lr": FAST},
     "swiftbrush-v2": {"lr": FAST},
     "tcd": {"grid": 10, "keep": 0.5},
+    "tiue": {"hi": 0.6, "lr": {"student": 3e-4, "fake": 2e-3}},
     "vsd": {"lr": FAST},
 }
 """Options of methods in phases, or of long chains of steps, and rates, for a run whose rounds are known and few:
