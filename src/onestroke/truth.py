@@ -128,7 +128,8 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> fl
         raise ValueError(f"sliced_w2 compares samples of one size, got {len(x)} and {len(y)}.")
     directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
     directions = directions / directions.norm(dim=0)
-    return ((x @ directions).sort(0).values - (y @ directions).sort(0).values).square().mean().sqrt().item()
+    one, two = ((directions.T @ v.T).sort(1).values for v in (x, y))  # rows are sorted faster than columns
+    return (one - two).square().mean().sqrt().item()
 
 
 @dataclass(frozen=True)
