@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections import Counter
@@ -12,7 +11,6 @@ import torch
 
 from contract.build import (
     PATHS,
-    SHORT,
     Layered,
     at_once,
     batch,
@@ -29,11 +27,11 @@ from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import NEEDS, Method, Parts, frozen, play
 from onestroke.methods import METHODS, describe, get_method, options
-from onestroke.paths import EDM, PREDICTIONS
+from onestroke.paths import PREDICTIONS
 from onestroke.sampling import FewStep
 from onestroke.settings import Settings
 from onestroke.training.train import Trainer
-from onestroke.truth import Net, converge, fit, inside, ring
+from onestroke.truth import Net, inside
 from truth.checks import turns_of
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -287,29 +285,6 @@ def test_all_ranks_make_the_same_draws(name):
             turns = [turn.player for turn in turns_of(build(name), micro, step)]
             counts.add((draw.calls, tuple(turns)))
         assert len(counts) == 1
-
-
-# ---- convergence ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    """The net that every short run starts from."""
-    return fit(ring(EDM(), 4, std=0.3), "x0", 120, steps=200)
-
-
-@every
-def test_a_short_run_approaches_the_truth(name, fitted, monkeypatch):
-    """200 rounds of 256 from a net fitted in as many: at least two fifths off the one-step start's distance to the
-    method's target, the teacher's law or its modes.
-
-    Rounds, not seconds: the result is that of the method, not of the machine. `make truth` is the long run.
-    """
-    monkeypatch.setattr("onestroke.truth.fit", lambda *args: copy.deepcopy(fitted))
-    found = converge(name, ring(EDM(), 4, std=0.3), steps=200, batch_size=256, seconds=600, **SHORT.get(name, {}))
-    assert found.rounds == 200
-    assert found.sliced_w2 < 0.6 * found.start
-    assert min(w / true for w, true in zip(found.mode_weights, found.true_weights, strict=True)) > 0.5
 
 
 # ---- the kernel that plays them ------------------------------------------------------------------------------
