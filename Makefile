@@ -25,8 +25,9 @@ help: ## show this list
 demo: fresh-demo $(READY) ## distil the built-in teacher; pictures and figures go to DEMO_OUT
 	$(VENV)/bin/onestroke demo --out "$(DEMO_OUT)"
 
+# In the order of their names: by number of tests, long files of few tests would come last, and one worker would wait.
 test: $(READY) ## run the tests
-	$(RUN) -m pytest $(TESTS) -n $(JOBS) --dist loadfile
+	$(RUN) -m pytest $(TESTS) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

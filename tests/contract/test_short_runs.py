@@ -26,6 +26,7 @@ def test_a_short_run_approaches_the_truth(name, fitted, monkeypatch):
     Rounds, not seconds: the result is that of the method, not of the machine. `make truth` is the long run.
     """
     monkeypatch.setattr("onestroke.truth.fit", lambda *args: copy.deepcopy(fitted))
+    monkeypatch.setattr("onestroke.truth.SAMPLES", 5_000)  # the start is 20 times what two true samples differ by
     found = converge(name, ring(EDM(), 4, std=0.3), steps=200, batch_size=256, seconds=600, **SHORT.get(name, {}))
     assert found.rounds == 200
     assert found.sliced_w2 < 0.6 * found.start

@@ -78,7 +78,8 @@ class Boss(Method):
         if (near.values > 1e-9).any():
             raise InputError(f"the student's times {parts.few.times} are not among those of the teacher's ways.")
         self.register_buffer("marks", near.indices)
-        self.register_buffer("cost", torch.zeros(len(self.times), len(self.times), dtype=torch.float64))
+        size = len(self.times) if self.search else 0
+        self.register_buffer("cost", torch.zeros(size, size, dtype=torch.float64))
 
     @classmethod
     def needs_of(cls, options: Mapping[str, Any]) -> frozenset[str]:
