@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from contextlib import ExitStack
@@ -43,7 +44,7 @@ def whole_and_halved(net, x, cond):
 
 def assert_halves(net, x, cond):
     """The estimate bit for bit, and the gradient to rounding: that of the time's embedding comes from both halves."""
-    whole, halved = whole_and_halved(net.double(), x.double(), cond)
+    whole, halved = whole_and_halved(copy.deepcopy(net).double(), x.double(), cond)
     assert len(whole) > 3
     assert all(torch.equal(a, b) for a, b in zip(whole[:2], halved[:2], strict=True))
     for a, b in zip(whole, halved, strict=True):
