@@ -138,6 +138,5 @@ def load_several(folder: Path, **speed: Any) -> Student:
         raise InputError(f"{file} names student {last}, and {folder / CARD} knows {card['students']}.")
     parts = [load_student(folder_of(folder, k), **speed) for k in range(card["students"])]
     model = parts[0].model
-    net, told = Routed([part.net for part in parts], router), parts[0].told
-    model.net = cast(Any, net)
-    return Student(model, card, folder, told and (net, told))
+    model.net = cast(Any, Routed([part.net for part in parts], router))
+    return Student(model, card, folder, model.net)

@@ -117,7 +117,7 @@ def test_a_student_of_one_guidance_is_told_none(folder, onestroke, tmp_path):
 def test_anothers_file_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     found = load_file(folder / GUIDANCE)
-    for wrong in ({**found, "shift": found["shift"][1:]}, {"shift": found["shift"]}):
+    for wrong in ({"shift": found["shift"][1:]}, {"other": found["shift"]}):
         save_file(wrong, tmp_path / "other" / GUIDANCE)
         with pytest.raises(InputError, match="is not what this student has learned of guidance"):
             load_student(tmp_path / "other")

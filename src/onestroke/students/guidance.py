@@ -8,8 +8,8 @@ everywhere. No diffusers pipeline has a place for them in every family; `Student
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,10 +22,15 @@ GUIDANCE = "guidance.safetensors"  # beside a student's pipeline
 
 
 def save_guidance(net: nn.Module, told: Told | None, folder: Path) -> None:
-    """Write as `folder`/guidance.safetensors what a student `net` was told and how it reads that; of others nothing."""
+    """Write how a student `net` that was `told` its guidance reads it as `folder`/guidance.safetensors; of others
+    nothing. What it was told stands in its card."""
     if told is not None and isinstance(net, TwoTimes):
-        about = {k: torch.tensor(v, dtype=torch.float64) for k, v in told._asdict().items()}
-        save_file({"shift": net.shift.weight.detach().cpu().float().contiguous(), **about}, folder / GUIDANCE)
+        save_file({"shift": net.shift.weight.detach().cpu().float().contiguous()}, folder / GUIDANCE)
+
+
+def told_in(card: dict[str, Any]) -> Told | None:
+    """Which guidance a student was told, by its card."""
+    return Told(**card["guidance"]) if "guidance" in card else None
 
 
 def side_of(told: Told | None, guidance_scale: float) -> float:
@@ -35,15 +40,12 @@ def side_of(told: Told | None, guidance_scale: float) -> float:
     return told.side(guidance_scale)
 
 
-def read_guidance(file: Path, model: PipelineTeacher) -> tuple[TwoTimes, Told]:
-    """The student's network as it reads its guidance, and what it was told. Raises InputError for another's file."""
+def read_guidance(file: Path, model: PipelineTeacher) -> TwoTimes:
+    """The student's network as it reads its guidance. Raises InputError for another's file."""
+    net = TwoTimes(model.net, model.shape, model.null)
     try:
-        found = load_file(file)
-        told = Told(*(found[k].item() for k in Told._fields))
-        net = TwoTimes(model.net, model.shape, model.null)
-        with torch.no_grad():
-            net.shift.weight.copy_(found["shift"])
+        net.shift.load_state_dict({"weight": load_file(file)["shift"]})
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise InputError(f"{file} is not what this student has learned of guidance ({error}).") from None
     net.shift.requires_grad_(False)
-    return net, told
+    return net

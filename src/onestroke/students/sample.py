@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from onestroke.denoiser import Told
 from onestroke.errors import InputError, read_json
 from onestroke.students.control import check_control, read_picture
-from onestroke.students.guidance import side_of
+from onestroke.students.guidance import side_of, told_in
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.students.student import CARD, SeededNoise, check_whole, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
@@ -68,8 +67,7 @@ def sample(
             check_control(controlnet, Path(model))
             picture = read_picture(control_image)
         if guidance_scale is not None:
-            known = read_json(Path(model) / CARD).get("guidance")
-            side_of(known and Told(**known), guidance_scale)
+            side_of(told_in(read_json(Path(model) / CARD)), guidance_scale)
         student = load_student(model, lora=lora, lora_scale=lora_scale)
         if controlnet is not None:
             images = student.with_controlnet(controlnet)(every, picture, seed, steps, scale=control_scale)

@@ -18,7 +18,7 @@ from onestroke.denoiser import Told, negated, plain
 from onestroke.errors import InputError, read_json
 from onestroke.paths import Cond
 from onestroke.sampling import FewStep
-from onestroke.students.guidance import GUIDANCE, read_guidance, save_guidance, side_of
+from onestroke.students.guidance import GUIDANCE, read_guidance, save_guidance, side_of, told_in
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.teachers.branch import BRANCH, read_branch, save_branch
 from onestroke.teachers.nasa import check_steerable
@@ -123,11 +123,11 @@ class Student:
         model: PipelineTeacher,
         card: dict[str, Any],
         folder: Path | None = None,
-        guided: tuple[nn.Module, Told] | None = None,
+        net: nn.Module | None = None,
     ):
         self.model, self.card, self.folder = model, card, folder
-        self.net = guided[0] if guided else model.net
-        self.told = guided[1] if guided else None
+        self.net = model.net if net is None else net
+        self.told = None if net is None else told_in(card)
         how = {"renoise": card.get("renoise", "fresh"), "encoder": card.get("encoder", "each")}
         times = tuple(card["times"]) if "times" in card else model.path.grid(card["student_steps"])
         self.few = FewStep(model.path, times, **how)
@@ -278,10 +278,10 @@ def load_student(
     if channels_last:
         for part in (getattr(model.pipeline, model.part), model.pipeline.vae):
             part.to(memory_format=torch.channels_last)
-    guided = read_guidance(folder / GUIDANCE, model) if (folder / GUIDANCE).is_file() else None
+    net = read_guidance(folder / GUIDANCE, model) if (folder / GUIDANCE).is_file() else None
     if compile:
         getattr(model.pipeline, model.part).compile()
-    return Student(model, copy.deepcopy(card), folder, guided)
+    return Student(model, copy.deepcopy(card), folder, net)
 
 
 def read_tiny_decoder(source: str | Path, channels: int) -> nn.Module:
