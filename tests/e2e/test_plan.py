@@ -26,17 +26,18 @@ from onestroke.run import parts_of, plan_run
 from onestroke.teachers import load_teacher
 from onestroke.training.train import Data, Trainer
 
+TWO = {"steps": 2}  # their rounds are alike: the last need not be played too
 SETTINGS = [
-    {"batch_size": 8},
-    {"batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}, "ema": 0.0},
-    {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
-    {"batch_size": 8, "offload": True},
+    {**TWO, "batch_size": 8},
+    {**TWO, "batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}, "ema": 0.0},
+    {**TWO, "batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
+    {**TWO, "batch_size": 8, "offload": True},
 ]
 LATE = {"batch_size": 8, "score_weight": 1.0, "steps": 8}  # scores in the last two rounds
 JUDGED = [
-    (True, {"batch_size": 8}),
-    (True, {"batch_size": 8, "offload": True}),
-    (False, {"batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}}),
+    (True, {**TWO, "batch_size": 8}),
+    (True, {**TWO, "batch_size": 8, "offload": True}),
+    (False, {**TWO, "batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}}),
 ]
 
 
@@ -103,10 +104,10 @@ def test_an_optional_reward_is_planned(towered_folder, clip_folder, monkeypatch)
     image_tower = load_teacher(towered_folder).pipeline.image_encoder
     monkeypatch.setattr("transformers.CLIPModel.from_pretrained", None)
     monkeypatch.setattr("transformers.CLIPVisionModelWithProjection.from_pretrained", None)
-    asked = {"batch_size": 8, "reward_weight": 1.0}
+    asked = {**TWO, "batch_size": 8, "reward_weight": 1.0}
     none, own, clip = (
         plan(towered_folder, "hyper-sd", **more)
-        for more in ({"batch_size": 8}, asked, {**asked, "reward": f"clip:{clip_folder}"})
+        for more in ({**TWO, "batch_size": 8}, asked, {**asked, "reward": f"clip:{clip_folder}"})
     )
     tower = sum(4 * p.numel() for p in image_tower.parameters())
     assert own.frozen - none.frozen == pytest.approx(tower, rel=0.1)
@@ -131,9 +132,9 @@ def test_what_each_role_holds(pipeline_folder):
     """Weights, two moments and a step number per tensor; the student's average beside. LoRA holds adapters alone."""
     net = load_teacher(pipeline_folder).net
     weights, count = sum(4 * p.numel() for p in net.parameters()), len(list(net.parameters()))
-    found = plan(pipeline_folder, "swiftbrush", lora_rank={"*": 0})
+    found = plan(pipeline_folder, "swiftbrush", **TWO, lora_rank={"*": 0})
     assert found.roles == {"student": 4 * weights + 4 * count, "fake": 3 * weights + 4 * count}
-    small = plan(pipeline_folder, "swiftbrush", lora_rank={"*": 4})
+    small = plan(pipeline_folder, "swiftbrush", **TWO, lora_rank={"*": 4})
     assert small.roles["student"] < 0.5 * found.roles["student"]
     assert small.frozen == pytest.approx(found.frozen, rel=0.02)
     assert found.peak == found.frozen + sum(found.roles.values()) + found.working
@@ -144,7 +145,7 @@ def test_the_optimiser_in_8_bits_holds_a_quarter(pipeline_folder):
     params = list(load_teacher(pipeline_folder).net.parameters())
     large = [p.numel() for p in params if p.numel() >= 4096]
     scales = sum(2 * 4 * -(-n // 256) for n in large)
-    settings = {"batch_size": 1, "ema": 0.0, "lora_rank": {"*": 0}}
+    settings = {**TWO, "batch_size": 1, "ema": 0.0, "lora_rank": {"*": 0}}
     small = plan(pipeline_folder, "swiftbrush", optimizer="adamw8bit", **settings)
     counts = sum(12 * n + 4 for p in params if (n := p.numel()))
     assert large
@@ -156,7 +157,7 @@ def test_the_optimiser_in_8_bits_holds_a_quarter(pipeline_folder):
 def test_offload_leaves_one_role_at_a_time(pipeline_folder):
     """Nothing lies on the device all the time; at the peak it holds the student with its gradient and optimiser."""
     weights = sum(4 * p.numel() for p in load_teacher(pipeline_folder).net.parameters())
-    settings = {"batch_size": 1, "lora_rank": {"*": 0}, "offload": True}
+    settings = {**TWO, "batch_size": 1, "lora_rank": {"*": 0}, "offload": True}
     small = plan(pipeline_folder, "swiftbrush", device="cuda", **settings)
     assert max(small.roles.values()) < 0.01 * weights, "more than the counts of steps"
     assert 5 * weights < small.working < 6.5 * weights
@@ -207,13 +208,15 @@ def test_on_the_command_line(onestroke, pipeline_folder):
 
 def test_a_method_that_encodes_prompts_of_its_own(pipeline_folder):
     """As many as it is given; nothing is read for them."""
-    assert plan(pipeline_folder, "pg-sb", batch_size=1, negatives="blurry; ugly").peak > 0
+    assert plan(pipeline_folder, "pg-sb", **TWO, batch_size=1, negatives="blurry; ugly").peak > 0
 
 
 def test_no_matrix_of_attention_is_kept(teachers):
     """The weights of every pair of tokens are neither in the memory of a GPU nor in that of a CPU."""
     teacher, folder = teachers["sd15"], teachers.root / "sd15"
-    cpu, cuda = (plan(folder, "swiftbrush", device=name, batch_size=8, height=64, width=64) for name in ("cpu", "cuda"))
+    cpu, cuda = (
+        plan(folder, "swiftbrush", device=name, **TWO, batch_size=8, height=64, width=64) for name in ("cpu", "cuda")
+    )
     assert teacher.part == "unet"
     tokens, heads = (64 // 2) ** 2, 2
     assert cpu.peak - cuda.peak < 8 * heads * tokens**2 * 4
@@ -242,5 +245,5 @@ def test_the_default_device_is_left_alone():
 
 def test_the_ways_of_a_batch_are_planned(pipeline_folder):
     """Float32 states of four by four by four numbers."""
-    few, many = (plan(pipeline_folder, "boss", knots="grid", batch_size=8, solver_steps=k) for k in (8, 200))
+    few, many = (plan(pipeline_folder, "boss", **TWO, knots="grid", batch_size=8, solver_steps=k) for k in (8, 200))
     assert many.peak - few.peak == pytest.approx(8 * (200 - 8) * 64 * 4, rel=0.02)
