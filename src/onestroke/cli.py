@@ -128,6 +128,10 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Of a teacher, default 3; or of a student that was told it in training.")
     ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Of a teacher, for example deis-tab3; default: its pipeline's own sampler.")
+    ] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="A teacher's guidance, while it matters.")] = False,
     negative: Annotated[str, typer.Option(help="What a student is to stay away from.")] = "",
     nasa_scale: Annotated[float | None, typer.Option(help="How much; default: 0.2, or as trained.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA of the teacher, a safetensors file.")] = None,
@@ -147,6 +151,8 @@ def sample(
         count=count,
         seed=seed,
         guidance_scale=guidance_scale,
+        solver=solver,
+        adaptive=adaptive,
         negative=negative,
         nasa_scale=nasa_scale,
         lora=lora,

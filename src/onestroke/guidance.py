@@ -1,5 +1,6 @@
 """Guidance for fewer calls, without training (arXiv 2312.12487): denoisers to draw with, in `solvers.solve` or a loop.
 
+The setting `guide` of a run takes them where the teacher draws pairs, `onestroke sample TEACHER --adaptive` pictures.
 They remember the way that is being drawn: one way at a time, from noise to data. A call at the time of a way's first
 call or above it, or with another number of rows, begins the next.
 """
@@ -34,7 +35,12 @@ class Remembering(Guided):
         return True
 
     def both(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor) -> tuple[Estimate, Estimate]:
-        """The estimates under cond, and under the null condition for `rows` alone, in one call."""
+        """The estimates under cond, and under the null condition for `rows` alone, in one call.
+
+        Raises InputError for a network that reads its guidance: it is guided in one call as it is.
+        """
+        if "guidance" in cond:
+            raise InputError("this network reads its guidance and needs no second call; draw with full guidance.")
         cond, null = self.sides(cond)
         both = {k: torch.cat([v, null[k][rows]]) for k, v in cond.items()}
         est, size = self.net(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), both), len(x)

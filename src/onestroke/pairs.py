@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from onestroke.denoiser import guidance_at, sides
 from onestroke.errors import InputError, read_json
+from onestroke.guidance import AdaptiveGuided, fit_linear
 from onestroke.method import Pairs, Parts
 from onestroke.paths import Cond
 from onestroke.settings import Settings
@@ -30,6 +32,10 @@ SHARD = 1024
 """Pairs per file."""
 WAYS = 64
 """Ways per file."""
+UNSAID = {"spread": 0.0, "guide": "full"}
+"""What pairs.json leaves out where it is so, as it does `ways`."""
+FITTED = 200
+"""Pairs that LinearAG's weights are fitted to, as published."""
 
 
 class Stack:
@@ -48,7 +54,8 @@ def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False, spread: 
     """What pairs, or ways, depend on beside the teacher. pairs.json keeps it, and the hash of it all seeds their
     noise. spread: of the guidances of ways that have one of their own each (see `denoiser.sides`)."""
     asked = {k: getattr(run, k) for k in ("guidance_scale", "solver", "solver_steps", "seed")}
-    more = ({"ways": True} if ways else {}) | ({"spread": spread} if spread else {})
+    chosen = {"ways": ways, "spread": spread, "guide": run.guide}
+    more = {k: v for k, v in chosen.items() if v != UNSAID.get(k, False)}
     return {"prompts_sha256": prompts_sha256, **asked, **more}
 
 
@@ -62,10 +69,10 @@ def check_pairs(folder: Path, about: Mapping[str, Any], files: str = "") -> None
     found = read_json(folder / INDEX)
     if about.get("ways") and not found.get("ways"):
         raise InputError(f"{folder} holds pairs without the states between; give another --pairs.")
-    for key, value in {"spread": None, **about}.items():
-        if found.get(key) != value:
+    for key, value in {**UNSAID, **about}.items():
+        if (theirs := found.get(key, UNSAID.get(key))) != value:
             raise InputError(
-                f"{folder} holds other pairs: their {key} is {found.get(key)!r}, not {value!r}. "
+                f"{folder} holds other pairs: their {key} is {theirs!r}, not {value!r}. "
                 "Set it to theirs, or give another --pairs."
             )
     if files and found.get(FILES, files) != files:
@@ -128,19 +135,28 @@ def make_pairs(
     key = int(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12], 16)
     mine = missing[state.process_index :: state.num_processes]
     task = "making ways" if made.get("ways") else "making pairs"
+
+    def given(rows: Sequence[int]) -> tuple[Tensor, Cond]:
+        """The noise (B, *D) and the conditions of the pairs with these numbers."""
+        noise = [torch.randn(parts.shape, generator=torch.Generator().manual_seed(key + row)) for row in rows]
+        these = torch.tensor(rows) % _length(cond)
+        chosen = {k: v[these.to(v.device)].to(state.device) for k, v in cond.items()}
+        return torch.stack(noise).to(state.device), chosen
+
+    @cache
+    def guided() -> Callable[[Tensor], nn.Module]:
+        return _guided(parts, made, *given(range(FITTED)))
+
     with Progress(sum(len(shards[i]) for i in mine), 1, not mine or not state.is_main_process, task) as bar:
         for i in mine:
-            noise = torch.stack(
-                [torch.randn(parts.shape, generator=torch.Generator().manual_seed(key + row)) for row in shards[i]]
-            )
             solved: list[dict[str, Tensor]] = []
-            for start in range(0, len(noise), batch_size):
-                z = noise[start : start + batch_size].to(state.device)
-                rows = torch.arange(shards[i][start], shards[i][start] + len(z), device=z.device)
-                chosen = {k: v[rows.to(v.device) % _length(cond)].to(z.device) for k, v in cond.items()}
-                solved.append(_solved(parts, z, chosen, made, rows))
-                bar.show(sum(len(shards[j]) for j in mine if j < i) + start + len(z), {})
-            _write(_file(folder, i), {"noise": noise} | {k: torch.cat([s[k] for s in solved]) for k in solved[0]})
+            for start in range(0, len(shards[i]), batch_size):
+                rows = shards[i][start : start + batch_size]
+                noise, chosen = given(rows)
+                found = _solved(guided()(torch.tensor(rows)), parts, noise, chosen, made)
+                solved.append({"noise": noise.cpu(), **found})
+                bar.show(sum(len(shards[j]) for j in mine if j < i) + start + len(rows), {})
+            _write(_file(folder, i), {k: torch.cat([s[k] for s in solved]) for k in solved[0]})
     state.wait_for_everyone()
     shapes = {"noise": parts.shape, "x0": parts.shape}
     if made.get("ways"):
@@ -154,12 +170,24 @@ def _length(cond: Cond) -> int:
     return len(next(iter(cond.values())))
 
 
-def _solved(parts: Parts, noise: Tensor, cond: Cond, made: Mapping[str, Any], rows: Tensor) -> dict[str, Tensor]:
-    """What the guided teacher makes of noise (B, *D), on the CPU: x0 (B, *D), and its states where they are kept."""
-    teacher, steps = spread_guide(parts, rows, made.get("spread", 0.0)), made["solver_steps"]
+def _guided(parts: Parts, made: Mapping[str, Any], noise: Tensor, cond: Cond) -> Callable[[Tensor], nn.Module]:
+    """The numbers (B,) of pairs -> the teacher as it is guided there. noise, cond: of the pairs to fit weights to."""
+    guide, given = made.get("guide", "full"), (parts.teacher, parts.guidance_scale, parts.null)
+    if guide == "full":
+        return lambda rows: spread_guide(parts, rows, made.get("spread", 0.0))
+    if guide == "adaptive":
+        adaptive = AdaptiveGuided(*given, space="x0")
+        return lambda rows: adaptive
+    with torch.no_grad():
+        linear = fit_linear(*given, noise, cond, made["solver_steps"], made["solver"])
+    return lambda rows: linear
+
+
+def _solved(net: nn.Module, parts: Parts, noise: Tensor, cond: Cond, made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `net` makes of noise (B, *D), on the CPU: x0 (B, *D), and its states where they are kept."""
     if not made.get("ways"):
-        return {"x0": solve(teacher, parts.path, noise, cond, steps, made["solver"]).cpu()}
-    states = way(teacher, parts.path, noise, cond, steps).cpu()
+        return {"x0": solve(net, parts.path, noise, cond, made["solver_steps"], made["solver"]).cpu()}
+    states = way(net, parts.path, noise, cond, made["solver_steps"]).cpu()
     return {"x0": states[:, -1].contiguous(), "states": states}
 
 

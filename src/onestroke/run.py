@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -131,6 +132,8 @@ def plan_run(
         raise InputError(f"method {method!r} needs no pairs; leave --pairs out.")
     if "ways" in needs:
         check_ways(settings)
+    if settings.guide != "full":
+        check_guide(settings, needs)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
@@ -145,6 +148,18 @@ def check_ways(run: Settings) -> None:
             f"solver_steps={run.solver_steps} must be a multiple of student_steps={run.student_steps}: a student is "
             "called at states of the teacher's ways."
         )
+
+
+def check_guide(run: Settings, needs: AbstractSet[str]) -> None:
+    """Refuse a guide of pairs that are not made, or not by it. Raises InputError."""
+    if not needs & {"pairs", "ways"}:
+        raise InputError(f"guide={run.guide} is of pairs and ways, and this method needs none; leave it out.")
+    if run.guidance_scale == 1:
+        raise InputError(f"guidance_scale=1 is none, and guide={run.guide} has nothing to spare; set one above 1.")
+    if "ways" in needs and run.guide == "linear":
+        raise InputError("guide=linear is of pairs, and this method needs ways; set guide=adaptive, or leave it out.")
+    if "sides" in needs:
+        raise InputError(f"guide={run.guide} is of one guidance for all; set spread=0, or leave it out.")
 
 
 def check_machine(run: Settings) -> None:

@@ -51,6 +51,10 @@ class Settings:
     solver: str = "dpm++2m"
     """What makes the pairs, one of `onestroke.solvers.SOLVERS`; ways are of ddim."""
     solver_steps: int = 25
+    guide: Literal["full", "adaptive", "linear"] = "full"
+    """How guidance is computed where the teacher makes pairs or ways: throughout; until both conditions say the same
+    x0 (Adaptive Guidance); or, of pairs, with the null condition regressed at most calls, by weights that are fitted to
+    the first 200 (LinearAG)."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps its state in 8 bits: a quarter of the memory, and it needs the extra `8bit`."""
     lr: dict[str, float] = field(default_factory=lambda: {"*": 1e-5})

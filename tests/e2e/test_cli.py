@@ -11,12 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 from e2e.conftest import Said
+from onestroke import load_teacher
+from onestroke.denoiser import Guided
+from onestroke.guidance import AdaptiveGuided
+from onestroke.solvers import solve
+from onestroke.students.student import SeededNoise, to_pil
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ("--steps", "2", "--batch-size", "2")
@@ -93,6 +99,30 @@ def test_sample_draws_one_row_per_prompt(finished, tmp_path):
             list(tile.tobytes())
         )
         assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sample_draws_with_a_solver(adaptive, onestroke, pipeline_folder, tmp_path):
+    """By a solver of ours, from the noise of the seeds, under guidance that ends where it is told to."""
+    more = ("--adaptive",) if adaptive else ("--solver", "deis-tab2")
+    out = tmp_path / "teacher.png"
+    said = onestroke("sample", pipeline_folder, "a cat", "rain", "--steps", "3", "--seed", "4", *more, "--out", out)
+    assert (said.code, said.err) == (0, ""), said
+    teacher = load_teacher(pipeline_folder)
+    cond, noise = teacher.encode(["a cat", "rain"]), SeededNoise(2, 4).normal(teacher.shape)
+    given = (teacher.net, 3.0, teacher.null)
+    net = AdaptiveGuided(*given, space="x0") if adaptive else Guided(*given)
+    solver = "dpm++2m" if adaptive else "deis-tab2"
+    want = to_pil(teacher.decode(solve(net, teacher.path, noise, cond, 3, solver)))
+    page = np.asarray(Image.open(out)).astype(int)
+    assert np.abs(page - np.concatenate([np.asarray(image) for image in want]).astype(int)).max() <= 1
+
+
+def test_a_student_takes_no_solver(assert_refused, finished, tmp_path):
+    out = ("--out", tmp_path / "x.png")
+    assert_refused("sample", finished, "a cat", "--adaptive", *out, says=("go with a teacher",))
+    assert_refused("sample", finished, "a cat", "--solver", "deis", *out, says=("go with a teacher",))
+    assert_refused("sample", finished, "a cat", "--solver", "deas", *out, says=("unknown solver 'deas'",))
 
 
 def test_sample_draws_with_a_teacher(onestroke, pipeline_folder, tmp_path):

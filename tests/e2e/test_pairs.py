@@ -14,12 +14,14 @@ from conftest import tiny_pipeline
 from e2e.test_cli import SMALL, UNET, assert_refusal, digest
 from onestroke import load_student, load_teacher, pairs
 from onestroke.denoiser import Guided, Told
+from onestroke.guidance import AdaptiveGuided, fit_linear
 from onestroke.method import Parts
 from onestroke.pairs import fingerprint
 from onestroke.paths import VP
 from onestroke.sampling import FewStep
 from onestroke.solvers import solve
 
+WAYS = ("--set", "solver_steps=8", "--set", "guidance_scale=2", "--set", "pair_count=7")
 SOLVE = ("--set", "solver_steps=3", "--set", "guidance_scale=2", "--set", "pair_count=7")
 
 
@@ -65,6 +67,46 @@ def test_pairs_are_what_the_guided_solver_draws(run, pipeline_folder, prompt_fil
     torch.testing.assert_close(found["x0"], want, rtol=1e-4, atol=1e-4)
     before, after = load_file(pipeline_folder / UNET), load_file(folder / UNET)
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("guide", ["adaptive", "linear"])
+def test_guidance_for_fewer_calls(guide, run, pipeline_folder, prompt_file, monkeypatch):
+    """Their x0 is that of the solver under that guidance, and a run of full guidance takes other pairs."""
+    folder, more = run
+    how = ("--set", f"guide={guide}")
+    monkeypatch.setattr(pairs, "FITTED", 7)
+    said = more(guide, *how)
+    assert (said.code, said.err) == (0, ""), said
+    made = folder.parent / guide / "pairs"
+    assert json.loads((made / "pairs.json").read_text())["guide"] == guide
+    found, teacher, lines = read(made), load_teacher(pipeline_folder), prompt_file.read_text().split("\n")[:6]
+    cond, given = teacher.encode([*lines, lines[0]]), (teacher.net, 2.0, teacher.null)
+    if guide == "adaptive":
+        net = AdaptiveGuided(*given, space="x0")
+    else:
+        with torch.no_grad():
+            net = fit_linear(*given, found["noise"], cond, 3, "dpm++2m")
+    want, full = (solve(n, teacher.path, found["noise"], cond, 3, "dpm++2m") for n in (net, Guided(*given)))
+    torch.testing.assert_close(found["x0"], want, rtol=1e-4, atol=1e-4)
+    assert (want - full).abs().max() > 1e-3
+    before = digest(made)
+    assert more("again", "--pairs", made, *how).code == 0
+    assert digest(made) == before
+    assert_refusal(more("other", "--pairs", made), f"their guide is '{guide}', not 'full'")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        ("kd", ("--set", "guidance_scale=1"), "has nothing to spare; set one above 1"),
+        ("swiftbrush", (), "of pairs and ways, and this method needs none"),
+        ("agd", (), "is of one guidance for all; set spread=0"),
+        ("boss", (*WAYS, "--set", "guide=linear"), "set guide=adaptive, or leave it out"),
+    ],
+)
+def test_guides_that_do_not_fit(method, given, says, onestroke, pipeline_folder, prompt_file, tmp_path):
+    more = ("--set", "guidance_scale=2", "--set", "guide=adaptive", *given)
+    assert_refusal(onestroke(*words(pipeline_folder, prompt_file, tmp_path / "run", method, more)), says)
 
 
 def test_another_method_reads_them(run):
@@ -165,7 +207,6 @@ def test_pairs_that_nobody_needs(run, prompt_file):
 
 # ---- ways ------------------------------------------------------------------------------------------------------------
 
-WAYS = ("--set", "solver_steps=8", "--set", "guidance_scale=2", "--set", "pair_count=7")
 READ = (*WAYS, "--set", "solver=ddim")
 
 
@@ -226,7 +267,7 @@ def test_ways_have_a_guidance_of_their_own_each(ways_run, pipeline_folder, promp
     folder, more = ways_run
     assert_refusal(
         more("agd", "--pairs", folder / "pairs", "--set", "student_steps=4", method="agd"),
-        "their spread is None, not 1.0",
+        "their spread is 0.0, not 1.0",
     )
     said = more("agd", "--set", "student_steps=4", "--set", "spread=0.5", "--set", "guidance_scale=3", method="agd")
     assert (said.code, said.err) == (0, ""), said
@@ -247,7 +288,7 @@ def test_ways_have_a_guidance_of_their_own_each(ways_run, pipeline_folder, promp
     first = teacher.path.mix(no.x0 + w * (yes.x0 - no.x0), no.eps + w * (yes.eps - no.eps), s)
     torch.testing.assert_close(states[:, 1], first, rtol=1e-4, atol=1e-4)
     assert_refusal(
-        more("kd", "--pairs", kept, "--set", "guidance_scale=3", method="kd"), "their spread is 0.5, not None"
+        more("kd", "--pairs", kept, "--set", "guidance_scale=3", method="kd"), "their spread is 0.5, not 0.0"
     )
     student = load_student(folder.parent / "agd")
     assert student.told == Told(3.0, 1.0, 1.0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from onestroke.errors import InputError, read_json
+from onestroke.errors import InputError, read_json, unknown
+from onestroke.solvers import SOLVERS
 from onestroke.students.control import check_control, read_picture
 from onestroke.students.guidance import side_of, told_in
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
@@ -31,6 +31,8 @@ def sample(
     count: int = 1,
     seed: int = 0,
     guidance_scale: float | None = None,
+    solver: str | None = None,
+    adaptive: bool = False,
     negative: str = "",
     nasa_scale: float | None = None,
     lora: str | Path | None = None,
@@ -44,9 +46,11 @@ def sample(
 
     Picture j of prompt i uses seed + i count + j. negative, nasa_scale: what a student is to stay away from, and how
     much (see `onestroke.teachers.nasa`). guidance_scale: of a teacher, by default 3; of a student that was told it in
-    training, by default its run's. lora, lora_scale: a LoRA of the teacher, on it or on its student. controlnet,
-    control_image, control_scale: a ControlNet of the teacher with a student, and the picture it reads. Raises
-    InputError for a model that is neither, or an existing `out`.
+    training, by default its run's. solver, adaptive: of a teacher, instead of its pipeline's own sampler one of
+    `onestroke.solvers.SOLVERS` (by default dpm++2m), and guidance that ends where both conditions say the same. lora,
+    lora_scale: a LoRA of the teacher, on it or on its student. controlnet, control_image, control_scale: a ControlNet
+    of the teacher with a student, and the picture it reads. Raises InputError for a model that is neither, or an
+    existing `out`.
     """
     if out is not None and Path(out).exists():
         raise InputError(f"{out} exists; choose another --out.")
@@ -60,8 +64,12 @@ def sample(
         raise InputError("--negative and --controlnet do not go together yet; leave one out.")
     if guidance_scale is not None and controlnet:
         raise InputError("--guidance-scale and --controlnet do not go together yet; leave one out.")
+    if solver is not None and solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
     every = [p for p in prompts for _ in range(count)]
     if is_student(model):
+        if solver is not None or adaptive:
+            raise InputError(f"--solver and --adaptive go with a teacher; {model} is a student.")
         if controlnet is not None and control_image is not None:
             check_whole(read_card(Path(model)), "a ControlNet")
             check_control(controlnet, Path(model))
@@ -89,8 +97,10 @@ def sample(
         for i in range(0, len(every), 64):
             part = every[i : i + 64]
             noise = SeededNoise(len(part), seed + i).normal(teacher.shape)
-            with torch.no_grad():
-                images += to_pil(teacher.draw(noise, part, steps or 25, scale))
+            asked = (noise, part, steps or 25, scale)
+            own = solver is None and not adaptive
+            drawn = teacher.draw(*asked) if own else teacher.solve(*asked, solver or "dpm++2m", adaptive)
+            images += to_pil(drawn)
     if out is not None:
         side = images[0].size
         page = Image.new("RGB", (count * side[0], len(prompts) * side[1]), "white")
