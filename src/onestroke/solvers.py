@@ -265,13 +265,17 @@ SOLVERS: dict[str, Solver] = {
     "pndm": Solver("vp", _by_table("PNDMScheduler", skip_prk_steps=True)),
     "dpm++2m": Solver("vp", _by_levels("DPMSolverMultistepScheduler", solver_order=2, **_DPM)),
     "dpm++3m": Solver("vp", _by_levels("DPMSolverMultistepScheduler", _third_order, solver_order=3, **_DPM)),
+    "dpm++2s": Solver("vp", _by_levels("DPMSolverSinglestepScheduler", solver_order=2, **_DPM)),
+    "dpm++3s": Solver("vp", _by_levels("DPMSolverSinglestepScheduler", solver_order=3, **_DPM)),
     "deis": Solver("vp", _by_levels("DEISMultistepScheduler", solver_order=3)),
     "deis-tab2": Solver("ve", _tab_deis(2)),
     "deis-tab3": Solver("ve", _tab_deis(3)),
     "unipc": Solver("vp", _by_levels("UniPCMultistepScheduler", solver_order=2, lower_order_final=False)),
+    "unipc3": Solver("vp", _by_levels("UniPCMultistepScheduler", solver_order=3, lower_order_final=False)),
     "euler": Solver("ve", _by_levels("EulerDiscreteScheduler")),
     "heun": Solver("ve", _by_levels("HeunDiscreteScheduler")),
     "flow-euler": Solver("flow", _by_levels("FlowMatchEulerDiscreteScheduler")),
     "flow-heun": Solver("flow", _by_levels("FlowMatchHeunDiscreteScheduler")),
 }
-"""By name. Their orders are measured by the tests: 1 for DDIM and Euler, 3 for dpm++3m, deis, deis-tab3 and unipc."""
+"""By name. Their orders are measured by the tests: 1 for DDIM and Euler, 2 or more for all others. Those of single
+steps, 2s and 3s, read the network at two and three times in turn and take one step over them."""

@@ -74,15 +74,22 @@ TABLE = {
     "deis-tab3": ("time", 3.1),
     "deis": ("level", 4.0),
     "dpm++3m": ("level", 3.2),
+    "dpm++2s": ("level", 1.99),
+    "dpm++3s": ("level", 3.03),
     "unipc": ("level", 2.99),
+    "unipc3": ("level", 3.9),
     "pndm": ("time", 2.12),
 }
-"""The grid and the measured order of section 7 (deis: three to four, faster than it must)."""
+"""The grid and the measured order of section 7 (deis: three to four, unipc3 at least three, faster than they must)."""
+STEPS = {"deis": (64, 128), "dpm++3m": (64, 128), "dpm++3s": (48, 192)}
+"""Between which numbers of steps, where not 64 and 256: with 256 deis is at the end of float32, in which diffusers
+keeps its states, and the error of dpm++3m changes its sign; dpm++3s goes three steps at a time."""
 
 
 def is_of_order(module, name):
     grid, want = TABLE[name]
-    assert abs(order(module, Bench(), name, grid, 64, 128) - want) < 0.2
+    n, more = STEPS.get(name, (64, 256))
+    assert abs(order(module, Bench(), name, grid, n, more) / math.log2(more / n) - want) < 0.2
 
 
 def test_every_solver_is_measured():
@@ -140,6 +147,23 @@ def ddim_is_flow_euler(module):
 
 def test_our_step_is_ddim_and_flow_euler():
     ddim_is_flow_euler(solvers)
+
+
+def steps_compose(module):
+    """Sheet 7, tests ii and iii: where the network says one x0 whatever it sees, the step is exact, and two are one."""
+    for name in ("vp", "edm", "flow", "trig", "table"):
+        path = make_path(name)
+        x = torch.randn(6, 1, generator=torch.Generator().manual_seed(4), dtype=F64)
+        net, (t, s, u) = gauss(path, std=1e-9), (path.snap(torch.full((6,), v, dtype=F64)) for v in (0.9, 0.5, 0.1))
+        (a, b), (c, d) = (torch.stack(path.ab(v))[..., None] for v in (t, u))
+        at_once = module.euler(net, path, x, t, u, labels(6))
+        close(at_once, c * M + d / b * (x - a * M), 1e-12, 1e-12)
+        between = module.euler(net, path, x, t, s, labels(6))
+        close(module.euler(net, path, between, s, u, labels(6)), at_once, 1e-12, 1e-12)
+
+
+def test_steps_compose():
+    steps_compose(solvers)
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "tab" not in n])
@@ -241,6 +265,7 @@ MUTANTS = [
     ('"vp": torch.hypot(a, b)', '"vp": a', vp),
     ("return path.mix(est.x0, est.eps, s)", "return path.mix(est.x0, est.eps, t)", ddim_is_flow_euler),
     ("return path.mix(est.x0, est.eps, s)", "return path.mix(x, est.eps, s)", ddim_is_flow_euler),
+    ("return path.mix(est.x0, est.eps, s)", "return path.mix(est.x0, est.eps, (s + t) / 2)", steps_compose),
     ('"flow": a + b', '"flow": b', flow),
     ("rho / (1 + rho) if", "rho if", flow),
 ]
