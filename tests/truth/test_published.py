@@ -13,6 +13,7 @@ PUBLISHED = {
     "ect": {"q": 2.0, "stages": 8, "k": 8.0, "b": 1.0, "c": 0.0, "mean": -1.1, "std": 2.0},
     "lcm": {"grid": 50, "keep": 0.95, "distance": "huber"},
     "tcd": {"grid": 50, "whole": 0.0},
+    "scm": {"ramp": 10_000, "velocity": "teacher", "batch_size": 2048, "clip": 0.0},
     "slam": {"grid": 50, "keep": 0.95, "distance": "huber", "guidance_scale": 9.0},
     "scott": {"keep": 0.95, "distance": "huber", "loss": "hinge"},
     "shortcut": {"grid": 128, "share": 1 / 8, "keep": 0.999, "limit": 4.0},

@@ -32,7 +32,7 @@ class HyperSD(Method):
     the GAN, ours hinge; softplus is the other.
     Ours: states are scaled to the variance-preserving path before they are compared; one net for every number of steps,
     re-noised in between; beside the scores the last stage goes on as it was, where the published regresses on the
-    teacher's output; the fake plays as often as the student.
+    teacher's output; the fake plays as often as the student; guidance_scale is 7.5 by default.
     The last stage goes over all times, and its jumps end at any below: its one student draws in 1, 2, 4 and 8 steps.
     Published settings: LoRA, one for all numbers of steps.
     """
@@ -44,7 +44,7 @@ class HyperSD(Method):
     paper = "Hyper-SD, arXiv 2404.13686"
     passes = {"student": 1, "slow": 1, "teacher": 5}
     max_steps = 8
-    defaults = {"lora_rank": {"student": 64}}
+    defaults = {"guidance_scale": 7.5, "lora_rank": {"student": 64}}
 
     def __init__(
         self,

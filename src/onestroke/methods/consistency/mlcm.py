@@ -26,7 +26,7 @@ class MLCM(Method):
     itself. distance: ours huber; l2 or l1 (see `terms.DISTANCES`).
     Ours: every row takes a pair of neighbours from a trajectory of its own; a student of one step is one more halving;
     the optional reward, GAN and distribution matching are left out; states are scaled to the variance-preserving path
-    before they are compared.
+    before they are compared; guidance_scale is 7.5 by default.
     Published settings: LoRA.
     """
 
@@ -35,7 +35,7 @@ class MLCM(Method):
     paper = "MLCM, arXiv 2406.05768"
     passes = {"student": 1, "slow": 1, "teacher": 32}
     max_steps = 8
-    defaults = {"renoise": "implied"}
+    defaults = {"guidance_scale": 7.5, "renoise": "implied"}
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ class SCM(Method):
     paper = "sCM, arXiv 2410.11081"
     passes = {"student": 2, "teacher": 2}
     max_steps = 4
-    defaults = {"betas": {"*": [0.9, 0.99]}}
+    defaults = {"lr": {"*": 7e-5}, "betas": {"*": [0.9, 0.99]}, "batch_size": 2048, "clip": 0.0}
 
     def __init__(
         self,

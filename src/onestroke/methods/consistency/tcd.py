@@ -23,8 +23,9 @@ class TCD(Method):
     It is sampled with the noise that the run's `renoise` says, or part of it: `FewStep.eta`, published 0.3. The saved
     pipeline of a Stable Diffusion student takes these steps, but for the last, which leaves a trace of noise, with
     diffusers' `TCDScheduler.from_config(pipeline.scheduler.config)` as its scheduler, called with `eta`.
-    Ours: states are scaled to the variance-preserving path before they are compared; one guidance scale per run.
-    Published settings: LoRA.
+    Ours: states are scaled to the variance-preserving path before they are compared; one guidance scale per run, 8 by
+    default.
+    Published settings: LoRA of large teachers.
     """
 
     players = ("student",)
@@ -33,6 +34,7 @@ class TCD(Method):
     paper = "TCD, arXiv 2402.19159"
     passes = {"student": 1, "slow": 1, "teacher": 2}
     max_steps = 8
+    defaults = {"guidance_scale": 8.0}
 
     def __init__(self, parts: Parts, grid: int = 50, whole: float = 0.0, keep: float = 0.95, distance: str = "l2"):
         super().__init__(parts)
