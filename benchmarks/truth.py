@@ -3,9 +3,10 @@
 python -m benchmarks.truth [--seconds 90] [--methods swiftbrush ...] [--cases "ring, flow" ...] [--student-steps 2 4]
                            [--drawn 2 4]
 
-Each result goes into src/onestroke/truth.json, over the older one of the same method, case and number of steps, and the
-page is written from that file: a part of the table can be measured again alone. --methods without a name measures
-nothing and writes the page.
+Without --cases, --student-steps and --drawn the students of the page are distilled and drawn anew, and of a method that
+it does not have those of the ring and the mixture. Each result goes into src/onestroke/truth.json, over the older one
+of the same method, case and number of steps, and the page is written from that file: a part of the table can be
+measured again alone. --methods without a name measures nothing and writes the page.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from onestroke.settings import resolve
 from onestroke.truth import CASES, Distilled, limit, measure, student_of
 
 PAGE = Path("docs/truth.md")
+MAIN = ("ring, EDM, x0", "mixture, EDM, x0")
 HEAD = """# Truth
 
 Every method distils a teacher whose score is exact from a small network fitted to it for a fifth of the time. Then
@@ -104,23 +106,41 @@ def page(rows: list[dict[str, Any]]) -> str:
     return f"{HEAD}{table}\n\n{count} Made by `make truth`.\n\n{notes}\n{settings}"
 
 
+def students(methods: list[str]) -> list[tuple[str, str, int | None, list[int]]]:
+    """Of the page: (method, case, steps that it was trained for, other numbers of steps that it was drawn in)."""
+    found = list[tuple[str, str, int | None, list[int]]]()
+    for method in methods:
+        rows = [row for row in results() if row["method"] == method]
+        own = [row for row in rows if "trained_for" not in row]
+        for row in own:
+            case, steps = row["case"], row["student_steps"]
+            more = [r["student_steps"] for r in rows if r["case"] == case and r.get("trained_for") == steps]
+            found.append((method, case, steps, more))
+        found += [(method, case, None, []) for case in MAIN if not own]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=90, help="for each method and case, fit and all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=sorted(METHODS))
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--student-steps", nargs="*", type=int, default=[None], help="instead of the settings'")
-    parser.add_argument("--drawn", nargs="*", type=int, default=[], help="draw each student in these numbers as well")
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=None)
+    parser.add_argument("--student-steps", nargs="*", type=int, default=None, help="instead of the settings'")
+    parser.add_argument("--drawn", nargs="*", type=int, default=None, help="draw each student in these numbers as well")
     args = parser.parse_args()
     PAGE.write_text(page(results()), encoding="utf-8")
+    chosen = students(args.methods)
+    if any(given is not None for given in (args.cases, args.student_steps, args.drawn)):
+        of = itertools.product(args.methods, args.cases or MAIN, args.student_steps or [None])
+        chosen = [(method, case, steps, args.drawn or []) for method, case, steps in of]
     good = True
-    for method, case, steps in itertools.product(args.methods, args.cases, args.student_steps):
+    for method, case, steps, more in chosen:
         most = get_method(method).max_steps
         if steps and steps > most:
             continue
         student = student_of(method, case, args.seconds, args.seed, steps)
-        for drawn in (None, *(k for k in args.drawn if k <= most)):
+        for drawn in (None, *(k for k in more if k <= most)):
             row = result(student, case, drawn)
             rows = {place(r): r for r in [*results(), row]}
             kept = [rows[key] for key in sorted(rows)]
