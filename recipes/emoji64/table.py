@@ -27,7 +27,7 @@ from PIL import Image
 from onestroke import distill, load_student, load_teacher
 from onestroke.demo import SCORE_SEED, draw_all, from_student, samplers
 from onestroke.errors import InputError
-from onestroke.methods import METHODS, describe, get_method
+from onestroke.methods import METHODS, get_method, options, shown_needs
 from onestroke.metrics import LiteFeatures, kid, machine, reference_features, retrieval
 from onestroke.run import read_prompts
 from onestroke.teachers import BUILT_IN
@@ -132,7 +132,8 @@ def main() -> None:
     def keep_student(name: str, out: Path, steps: int | None = None) -> None:
         student = load_student(out)
         about = {k: student.card[k] for k in ("student_steps", "rounds")} | ({"drawn": steps} if steps else {})
-        about |= {"needs": describe(student.card["method"])["needs"], "seconds": round(student.card["seconds"])}
+        cls, chosen = get_method(student.card["method"]), json.loads((out / "recipe.json").read_text())["options"]
+        about |= {"needs": shown_needs(cls.needs_of(options(cls) | chosen)), "seconds": round(student.card["seconds"])}
         figures = score(from_student(student, steps))
         keep(name, {**figures, **about, "date": str(datetime.date.today()), "on": machine()})
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def extra_memory(row: dict[str, Any]) -> str:
     return "; ".join(f"{', '.join(names)} {how}" for how, names in held.items() if names) or "none"
 
 
+def shown_needs(needs: Collection[str]) -> list[str]:
+    """What a method or a run needs, of `onestroke.method.NEEDS`, in the words of the command line."""
+    return [{"x0": "images"}.get(need, need) for need in sorted(needs)] or ["prompts"]
+
+
 def describe(name: str) -> dict[str, Any]:
     """What `onestroke methods` prints of one method."""
     cls = get_method(name)
@@ -69,7 +75,7 @@ def describe(name: str) -> dict[str, Any]:
         "family": METHODS[name].split(".")[-2],
         "summary": (inspect.getmodule(cls).__doc__ or "").strip().splitlines()[0],
         "paper": cls.paper,
-        "needs": [{"x0": "images"}.get(need, need) for need in sorted(cls.needs)] or ["prompts"],
+        "needs": shown_needs(cls.needs),
         "max_steps": cls.max_steps,
         "players": list(cls.players),
         "targets": list(cls.targets),
