@@ -56,7 +56,11 @@ COMMANDS = {
         "--resume",
     ],
     "plan": ["TEACHER", "--method", "--batch-size", "--resolution", "--memory", "--device", "--set", "--json"],
-    "sample": ["MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", *STEER, "--out"],
+    "sample": [
+        *("MODEL", "PROMPTS", "--steps", "-n", "--seed", "--guidance-scale", "--solver", "--adaptive"),
+        *STEER,
+        "--out",
+    ],
     "check-lora": ["STUDENT", "LORA", "--teacher", "--prompts", "--scale", "--count", "--seed", "--out", "--json"],
     "export": ["MODEL", "--to", "--out", "--dtype", "--rank", "--base"],
     "merge": ["STUDENTS", "--out", "--weight"],
