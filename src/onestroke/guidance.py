@@ -121,10 +121,10 @@ def alternate(calls: int) -> list[bool]:
     return [k % 2 == 0 and 2 * k < calls for k in range(calls)]
 
 
-def least_squares(known: Tensor, wanted: Tensor) -> Tensor:
-    """(P,): the weights whose sum of known (P, N) is nearest to wanted (N); the smallest ones where several are."""
-    known, wanted = known.double(), wanted.double()
-    return torch.linalg.pinv(known @ known.T, rtol=1e-13, hermitian=True) @ (known @ wanted)
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """(P,): the weights whose sum of P vectors is nearest to another one, from the products (P, P) of the vectors with
+    each other and (P,) with that one; the smallest weights where several are."""
+    return torch.linalg.pinv(gram, rtol=1e-13, hermitian=True) @ cross
 
 
 def fit_linear(
@@ -136,20 +136,25 @@ def fit_linear(
     steps: int = 25,
     solver: str = "dpm++2m",
     asked: Sequence[bool] | None = None,
+    batch_size: int = 64,
 ) -> LinearGuided:
     """LinearAG for `solve` in these steps, its weights fitted to the guided ways from noise (B, *D) (published: 200).
 
     asked: at which of its calls the null condition is, the first among them; by default `alternate`. Ours: after the
     first half it is never asked, and regressed still, which the condition alone is a case of.
     """
-    full = LinearGuided(net, scale, null, [None] * (2 * steps))
-    solve(full, net.path, noise, cond, steps, solver)
+    full, gram = LinearGuided(net, scale, null, [None] * (2 * steps)), torch.zeros(())
+    for i in range(0, len(noise), batch_size):
+        rows = slice(i, i + batch_size)
+        solve(full, net.path, noise[rows], {k: v[rows] for k, v in cond.items()}, steps, solver)
+        said = torch.stack([*full.yes, *full.no]).flatten(1).double()
+        gram = gram.to(said) + said @ said.T
     calls = len(full.yes)
     asked = alternate(calls) if asked is None else asked
     if len(asked) != calls or not asked[0]:
         raise InputError(f"asked has {len(asked)} entries and must begin with true; {solver} makes {calls} calls.")
     weights: list[Tensor | None] = []
     for k in range(calls):
-        known = torch.stack([*full.yes[: k + 1], *full.no[:k]]).flatten(1)
-        weights.append(None if asked[k] else least_squares(known, full.no[k].flatten()))
+        known = [*range(k + 1), *range(calls, calls + k)]
+        weights.append(None if asked[k] else least_squares(gram[known][:, known], gram[known, calls + k]))
     return LinearGuided(net, scale, null, weights)

@@ -145,7 +145,7 @@ def make_pairs(
 
     @cache
     def guided() -> Callable[[Tensor], nn.Module]:
-        return _guided(parts, made, *given(range(FITTED)))
+        return _guided(parts, made, *given(range(FITTED)), batch_size)
 
     with Progress(sum(len(shards[i]) for i in mine), 1, not mine or not state.is_main_process, task) as bar:
         for i in mine:
@@ -170,7 +170,9 @@ def _length(cond: Cond) -> int:
     return len(next(iter(cond.values())))
 
 
-def _guided(parts: Parts, made: Mapping[str, Any], noise: Tensor, cond: Cond) -> Callable[[Tensor], nn.Module]:
+def _guided(
+    parts: Parts, made: Mapping[str, Any], noise: Tensor, cond: Cond, batch_size: int
+) -> Callable[[Tensor], nn.Module]:
     """The numbers (B,) of pairs -> the teacher as it is guided there. noise, cond: of the pairs to fit weights to."""
     guide, given = made.get("guide", "full"), (parts.teacher, parts.guidance_scale, parts.null)
     if guide == "full":
@@ -179,7 +181,7 @@ def _guided(parts: Parts, made: Mapping[str, Any], noise: Tensor, cond: Cond) ->
         adaptive = AdaptiveGuided(*given, space="x0")
         return lambda rows: adaptive
     with torch.no_grad():
-        linear = fit_linear(*given, noise, cond, made["solver_steps"], made["solver"])
+        linear = fit_linear(*given, noise, cond, made["solver_steps"], made["solver"], batch_size=batch_size)
     return lambda rows: linear
 
 
