@@ -37,8 +37,7 @@ PLAIN = "teacher, 25 steps, unguided"
 HEAD = """# Images
 
 What every method makes of a built-in teacher in a short run, with the settings that `onestroke distill` takes by itself
-(`src/onestroke/recipes`): **rounds** of 24 pictures, 48,000 of them at most. Written by
-`recipes/emoji64/table.py --write`.
+(`src/onestroke/recipes`), whose **rounds** are the budget. Written by `recipes/emoji64/table.py --write`.
 
 Each student draws {count} prompts of the teacher's own list in its number of **steps**; where it was trained for
 another number, the table says so. "m from k" began as the student that k left, as the papers of ADM and NitroFusion

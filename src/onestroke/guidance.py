@@ -140,8 +140,9 @@ def fit_linear(
 ) -> LinearGuided:
     """LinearAG for `solve` in these steps, its weights fitted to the guided ways from noise (B, *D) (published: 200).
 
-    asked: at which of its calls the null condition is, the first among them; by default `alternate`. Ours: after the
-    first half it is never asked, and regressed still, which the condition alone is a case of.
+    batch_size: ways that are drawn at once. asked: at which of its calls the null condition is, the first among them;
+    by default `alternate`. Ours: after the first half it is never asked, and regressed still, which the condition alone
+    is a case of.
     """
     full, gram = LinearGuided(net, scale, null, [None] * (2 * steps)), torch.zeros(())
     for i in range(0, len(noise), batch_size):

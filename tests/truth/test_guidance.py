@@ -211,6 +211,9 @@ def test_what_is_refused():
         drawn(LinearGuided(net, W, null, [None] * 4), path)
     with pytest.raises(InputError, match="asked has 1 entries and must begin with true; ddim makes 3 calls"):
         fit_linear(net, W, null, noise(), labels(8, 0), 3, "ddim", [True])
+    told = {**labels(8, 0), "guidance": torch.ones(8)}
+    with pytest.raises(InputError, match="this network reads its guidance"):
+        solve(AdaptiveGuided(net, W, null), path, noise(), told, 3)
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------

@@ -5,22 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from onestroke.denoiser import Guided
 from onestroke.errors import InputError, read_json, unknown
-from onestroke.solvers import SOLVERS
+from onestroke.guidance import AdaptiveGuided
+from onestroke.solvers import SOLVERS, solve
 from onestroke.students.control import check_control, read_picture
 from onestroke.students.guidance import side_of, told_in
 from onestroke.students.lora import check_lora_base, check_lora_file, put_lora
 from onestroke.students.student import CARD, SeededNoise, check_whole, load_student, read_card, to_pil
 from onestroke.teachers import load_teacher, locate
-from onestroke.teachers.pipeline import inspect_folder
+from onestroke.teachers.pipeline import PipelineTeacher, inspect_folder
 
 
 def is_student(model: str | Path) -> bool:
     """Whether a folder was written by `distill`: its card says how many steps the student takes."""
     card = Path(model) / CARD
     return card.is_file() and "student_steps" in read_json(card)
+
+
+@torch.no_grad()
+def solved(
+    teacher: PipelineTeacher, noise: Tensor, prompts: list[str], steps: int, scale: float, solver: str, adaptive: bool
+) -> Tensor:
+    """As the teacher's `draw`, by `onestroke.solvers.solve` instead of its pipeline."""
+    cond = teacher.encode(prompts)
+    given = (teacher.net, scale, teacher.null)  # as wide as what was encoded
+    net = AdaptiveGuided(*given, space="x0") if adaptive else Guided(*given)
+    return teacher.decode(solve(net, teacher.path, noise, cond, steps, solver))
 
 
 def sample(
@@ -99,7 +114,7 @@ def sample(
             noise = SeededNoise(len(part), seed + i).normal(teacher.shape)
             asked = (noise, part, steps or 25, scale)
             own = solver is None and not adaptive
-            drawn = teacher.draw(*asked) if own else teacher.solve(*asked, solver or "dpm++2m", adaptive)
+            drawn = teacher.draw(*asked) if own else solved(teacher, *asked, solver or "dpm++2m", adaptive)
             images += to_pil(drawn)
     if out is not None:
         side = images[0].size

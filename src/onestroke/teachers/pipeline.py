@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from onestroke.denoiser import Guided, as_wide
+from onestroke.denoiser import as_wide
 from onestroke.errors import InputError, read_json
-from onestroke.guidance import AdaptiveGuided
 from onestroke.paths import Cond, Flow, Prediction, Table
 from onestroke.sampling import FewStep
-from onestroke.solvers import solve
 from onestroke.teachers.cache import cached, digest_of
 from onestroke.teachers.calls import FLOW_KEYS, Caller, clock, padded
 from onestroke.teachers.dit import DiTDenoiser
@@ -511,24 +509,6 @@ class PipelineTeacher:
             **self.caller.keywords(guidance_scale, len(prompts)),
         )
         return out.images.float()
-
-    @torch.no_grad()
-    def solve(
-        self,
-        noise: Tensor,
-        prompts: list[str],
-        steps: int,
-        guidance_scale: float,
-        solver: str = "dpm++2m",
-        adaptive: bool = False,
-    ) -> Tensor:
-        """As `draw`, by `onestroke.solvers.solve` instead; adaptive, the null condition is asked while it differs.
-
-        Raises InputError for an unknown solver, or a network that reads its guidance and is to be guided adaptively.
-        """
-        cond, guide = self.encode(list(prompts)), partial(AdaptiveGuided, space="x0") if adaptive else Guided
-        net = guide(self.net, guidance_scale, self.null)
-        return self.decode(solve(net, self.path, noise, cond, steps, solver))
 
     # ---- students ------------------------------------------------------------------------------------------------
 
