@@ -109,7 +109,7 @@ MUTANTS = [
     (SWIFT, "terms.dsm(self.fake,", "terms.dsm(self.teacher,", fake_loss),
     (SWIFT, "draw.shared() < self.null_rate", "draw.shared() > self.null_rate", fake_loss),
     (SWIFT, "null_rate: float = 0.1", "null_rate: float = 0.05", fake_loss),
-    (SWIFT, "x.detach(), cond", "x, cond", turns),
+    (SWIFT, "x.detach(), batch", "x, batch", turns),
     # terms
     ("onestroke.terms", "(x - (x - direction).detach())", "(x - (x - direction))", direction),
     ("onestroke.terms", "(x - (x - direction).detach())", "(x - (x + direction).detach())", direction),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from onestroke import terms, times
 from onestroke.denoiser import dropped
@@ -59,20 +60,26 @@ class SwiftBrush(Method):
         self.guide_fake = guide_fake
 
     def step(self, batch: Batch, step: int):
+        x = self.few.sample(self.student, batch.noise, batch.cond)
+        yield Turn("student", {"vsd": self.vsd(x, batch)})
+        yield Turn("fake", {"dsm": self.dsm(x.detach(), batch)})
+
+    def vsd(self, x: Tensor, batch: Batch) -> Tensor:
+        """The loss () whose gradient is the student's direction at its samples (B, ...)."""
         cond, draw = batch.cond, batch.draw
-        x = self.few.sample(self.student, batch.noise, cond)
         t = times.uniform(draw, self.path, self.lo, self.hi)
         xt = self.path.mix(x, draw.normal(x), t)
         with torch.no_grad():
             fake = self.guide(self.fake) if self.guide_fake else self.fake
             real, fake = self.guide(self.teacher)(xt, t, cond), fake(xt, t, cond)
         sigma = like(self.path.unit_ab(t)[1], x)
-        yield Turn("student", {"vsd": terms.descend(x, sigma**self.sigma_power * (real.eps - fake.eps))})
+        return terms.descend(x, sigma**self.sigma_power * (real.eps - fake.eps))
 
+    def dsm(self, x: Tensor, batch: Batch) -> Tensor:
+        """The loss () of the fake on samples (B, ...) of the student."""
+        cond, draw = batch.cond, batch.draw
         if draw.shared() < self.null_rate:
-            cond = dropped(cond, self.null, torch.ones_like(t, dtype=torch.bool))
+            cond = dropped(cond, self.null, torch.ones(len(x), dtype=torch.bool, device=x.device))
         t = times.uniform(draw, self.path)
         alpha = self.path.unit_ab(t)[0]
-        yield Turn(
-            "fake", {"dsm": terms.dsm(self.fake, self.path, x.detach(), cond, t, draw, weight=alpha**self.alpha_power)}
-        )
+        return terms.dsm(self.fake, self.path, x, cond, t, draw, weight=alpha**self.alpha_power)
