@@ -44,7 +44,7 @@ def section(name: str) -> str:
         f"- Network passes per round, guidance on: {row['cost']} ({calls})",
         *([f"- Checked on exact teachers, sliced-W2 over the floor: {checked}"] if checked else []),
         *table(row["options"], ("option", "default")),
-        *table(row["defaults"], ("run setting", "published value")),
+        *table(row["defaults"], ("run setting", "default of the method")),
     ]
     return "\n".join(lines) + "\n"
 

@@ -100,6 +100,11 @@ class Parts:
     def path(self) -> Path:
         return self.few.path
 
+    def check_implied(self) -> None:
+        """Refuse other noise between several calls than the student's own estimate. Raises InputError."""
+        if len(self.few.times) > 1 and self.few.renoise != "implied":
+            raise InputError(f"a student of DDIM steps needs renoise=implied, not {self.few.renoise!r}.")
+
     def prompts(self, texts: list[str]) -> Cond:
         """The conditions (N, ...) of prompts; "" is the null condition.
 
@@ -195,19 +200,20 @@ class Method(nn.Module, ABC):
     paper: ClassVar[str]
     """Title and arXiv id."""
     passes: ClassVar[Mapping[str, int]]
-    """Network calls of one batch per round, by role, with guidance on (a guided call counts two)."""
+    """Network calls of one batch per round, by role, with guidance on (a guided call counts two); of a method in phases
+    in that which makes the most."""
     max_steps: ClassVar[int] = 1
     """The largest number of calls of the student that the method can train."""
     target: ClassVar[Literal["law", "modes", "guided"]] = "law"
     """What the student's samples become: samples of the teacher's law, its modes alone, or what the guided teacher
     draws in as many steps (not the law: guidance moves it, and few steps of a solver are not exact)."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Run settings of the paper, where they differ from the trainer's."""
+    """Run settings of the paper, or ours where the docstring says so, where they differ from the trainer's."""
     guidance: Told | None = None
     """Which guidance the student, a `TwoTimes`, is told, if it is; an instance says its own."""
     phases: tuple[int, ...] = ()
     """Rounds after the first from which on a round does something else: other calls, turns or networks, not other
-    numbers alone. `plan` plays them; what comes after the run's end is not read. An instance says its own."""
+    numbers alone. `plan` plays them, and a run that is over before the last is refused. An instance says its own."""
 
     @abstractmethod
     def __init__(self, parts: Parts):

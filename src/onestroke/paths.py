@@ -57,6 +57,10 @@ class Path(ABC):
         """The nearest times that a teacher on this path was trained at; the identity for continuous paths."""
         return t
 
+    def floor(self, t: Tensor) -> Tensor:
+        """The last such times that are not after t."""
+        return t
+
     def grid(self, steps: int) -> tuple[float, ...]:
         """The times of a student's `steps` calls, from noise to data, equally spaced."""
         return tuple(min(1 - i / steps, self.t_max) for i in range(steps))
@@ -204,6 +208,10 @@ class Table(Path):
     def snap(self, t):
         last = self.num_timesteps - 1
         return (t * last).round() / last
+
+    def floor(self, t):
+        last = self.num_timesteps - 1
+        return (t * last + 1e-6).floor() / last
 
 
 @dataclass(frozen=True)

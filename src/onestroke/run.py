@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +134,10 @@ def plan_run(
         check_ways(settings)
     if settings.guide != "full":
         check_guide(settings, needs)
+    if settings.guidance_scale == 1 and (cls.target == "guided" or "branch" in cls.needs):
+        raise InputError(f"method {method!r} distils guidance, and guidance_scale=1 is none; set one above 1.")
+    if below := next((key for key, value in chosen.items() if type(value) is int and value < 0), None):
+        raise InputError(f"{below}={chosen[below]} counts something; it must not be negative.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
@@ -183,8 +187,8 @@ def check_network(folder: Path, needs: Collection[str]) -> None:
         time_keyword(class_of(index["_class_name"], folder), flow)
 
 
-def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> None:
-    """Build the method on a small net of the teacher's path, for what it and its times refuse. Raises InputError."""
+def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> Any:
+    """The method, built on a small net of the teacher's path, for what it and its times refuse. Raises InputError."""
     import copy
 
     from onestroke.method import Parts
@@ -208,7 +212,14 @@ def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, 
         conditions=null,
         solver_steps=run.solver_steps,
     )
-    check_grid(path, getattr(get_method(method)(parts, **options), "few", few))
+    made = get_method(method)(parts, **options)
+    check_grid(path, getattr(made, "few", few))
+    if (last := max(made.phases, default=0)) >= run.steps:
+        raise InputError(
+            f"the last phase of {method!r} begins after {last} rounds, and the run has {run.steps}; raise steps, or "
+            f"lower the options that say when (onestroke methods {method})."
+        )
+    return made
 
 
 def check_init(run: Settings) -> None:
@@ -261,6 +272,17 @@ def check_folder(out: Path, recipe: Recipe, resume: bool) -> None:
         old = before.get("settings", {}).get(key)
         if key not in ("steps", "save_every") and old != value:
             raise InputError(f"{out} holds another run: its setting {key} is {old!r}, not {value!r}.")
+
+
+def check_length(now: Any, before: Any) -> None:
+    """Refuse to go on for another number of rounds with a method that has cut its run by them: `now` and `before`, the
+    same method of both numbers. Raises InputError."""
+    for name, value in vars(now).items():
+        if isinstance(value, (int, tuple)) and value != vars(before)[name]:
+            raise InputError(
+                f"the method has cut its run by its rounds: {name} was {vars(before)[name]} and would be {value}. Keep "
+                "steps, or begin anew with such options set."
+            )
 
 
 def parts_of(teacher: Any, run: Settings, null: Any = None, reward: Any = None, cond: Any = None) -> Any:
@@ -343,7 +365,7 @@ def distill(
             check_steerable(hollow_network(source))
     path, prediction = (teacher.path, teacher.net.prediction) if hasattr(teacher, "net") else schedule_in(source)
     check_pairs(kept, about, files)
-    rehearse(method, run, chosen, path, prediction)
+    rehearsed = rehearse(method, run, chosen, path, prediction)
     if "ways" in needs:
         stops(path, run.solver_steps)  # refuses steps that the path has no times for
     if run.layers < 1 and source is not teacher:
@@ -357,6 +379,8 @@ def distill(
     if run.init:
         check_init(run)
     check_folder(out, recipe, resume)
+    if resume and (before := read_json(out / "recipe.json")["settings"]["steps"]) != run.steps:
+        check_length(rehearsed, rehearse(method, replace(run, steps=before), chosen, path, prediction))
 
     from onestroke.denoiser import plain
     from onestroke.rewards import KEY, load_reward

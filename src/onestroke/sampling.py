@@ -96,7 +96,7 @@ class FewStep:
             t = self.time(k + 1, noise)
             x = self.path.mix(est.x0, fresh, t)
             if self.renoise == "fresh" and self.eta < 1:
-                s = self.path.snap((1 - self.eta) * t)
+                s = self.path.floor((1 - self.eta) * t)
                 x = self.path.diffuse(self.path.mix(est.x0, est.eps, s), s, fresh, t)
             xs.append(x)
         return xs

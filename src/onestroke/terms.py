@@ -1,7 +1,8 @@
-"""The vocabulary of the methods' losses: pure functions of tensors and denoisers."""
+"""The vocabulary of the methods' losses: pure functions of tensors and denoisers, and the weight that is learned."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from typing import Literal
 
@@ -260,3 +261,22 @@ def level(ratio: Tensor, t: Tensor, bins: int = 10) -> Generator[Mean, Tensor, T
     slot = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).to(ratio)
     total, count = yield Mean(torch.stack([ratio @ slot, slot.sum(0)]))
     return ratio / (slot @ (total / count.clamp_min(torch.finfo(count.dtype).tiny)))
+
+
+class LogVariance(nn.Module):
+    """(B,): the logarithm of the loss at each level of noise, for the adaptive weight.
+
+    A cosine series of the angle atan2(b, a) (sCM, arXiv 2410.11081, which reads the time embedding). `net`: whose type
+    it has. `elements`: of a sample; at the start the loss is taken for that of a change of norm one, their mean square
+    1 / elements.
+    """
+
+    def __init__(self, net: nn.Module, elements: int):
+        super().__init__()
+        p = next(p for p in net.parameters() if p.is_floating_point())
+        self.series = nn.Parameter(torch.zeros(8, dtype=p.dtype, device=p.device))
+        nn.init.constant_(self.series[:1], -math.log(elements))
+
+    def forward(self, path: Path, t: Tensor) -> Tensor:
+        waves = 2 * torch.atan2(*path.ab(t)[::-1])[:, None] * torch.arange(8, device=t.device)
+        return waves.cos().to(self.series) @ self.series

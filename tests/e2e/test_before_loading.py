@@ -60,6 +60,18 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("boot", {"delta": 0.0}, "delta=0.0"),
         ("tdm", {"student_steps": 4, "renoise": "fresh"}, "renoise=implied"),
         ("tdm", {"student_steps": 3}, "renoise=implied needs a number of steps that divides 1000, not 3"),
+        ("rectified-flow", {"student_steps": 4, "renoise": "fresh"}, "needs renoise=implied, not 'fresh'"),
+        ("progressive", {"stage_steps": 50_000, "steps": 1000}, "begins after 350000 rounds, and the run has 1000"),
+        ("progressive", {"steps": 3}, "begins after 7 rounds, and the run has 3; raise steps"),
+        ("guided-distillation", {"guide_steps": 5000, "steps": 1000}, "the last phase of 'guided-distillation' begins"),
+        ("slimflow", {"straighten": 5000, "steps": 1000}, "begins after 5000 rounds"),
+        ("sida", {"steps": 700}, "begins after 780 rounds"),
+        ("instaflow", {"straighten": 95_000, "steps": 1000}, "begins after 95000 rounds"),
+        ("speedupnet", {"guide_steps": 5000, "steps": 1000}, "begins after 5000 rounds"),
+        ("speedupnet", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
+        ("agd", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
+        ("speedupnet", {"others": 7.0}, "others=7.0"),
+        ("ict", {"stage_steps": -5}, "stage_steps=-5 counts something"),
     ],
 )
 def test_what_a_method_refuses(refused, method, given, says):
@@ -97,3 +109,25 @@ def test_pairs_of_another_teacher(refused, pipeline_folder, prompt_file, tmp_pat
         save_file(part, same / "unet" / f"{k}.safetensors", {"format": "pt"})
     assert weights_sha256(same) == weights_sha256(pipeline_folder)
     refused("kd", "holds the pairs of another teacher; give another --pairs", other, pairs=tmp_path / "run" / "pairs")
+
+
+def test_a_run_that_is_cut_by_its_rounds(pipeline_folder, tmp_path, monkeypatch, unloaded):
+    """Its stages would begin elsewhere; where their length is given, it goes on, to where the teacher is loaded."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "one.png")
+    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "a cat"}\n')
+
+    def run(out, steps, resume=False, **options):
+        distill(
+            str(pipeline_folder), method="progressive", out=tmp_path / out, images=tmp_path / "images", start=2,
+            batch_size=2, steps=steps, resume=resume, **options,
+        )  # fmt: skip
+
+    monkeypatch.undo()
+    run("parts", 2)
+    run("given", 2, stage_steps=1)
+    unloaded()
+    with pytest.raises(InputError, match="stage_steps was 1 and would be 2"):
+        run("parts", 4, resume=True)
+    with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
+        run("given", 4, resume=True, stage_steps=1)

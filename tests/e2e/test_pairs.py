@@ -214,12 +214,13 @@ READ = (*WAYS, "--set", "solver=ddim")
 def ways_run(onestroke, pipeline_folder, prompt_file, tmp_path, monkeypatch):
     """As `run`, of BOSS in two steps on 7 ways of 8 steps, 4 ways to a file."""
     monkeypatch.setattr(pairs, "WAYS", 4)
-    two = (*WAYS, "--set", "student_steps=2")
+    two = (*WAYS, "--set", "student_steps=2", "--set", "search=1")
     said = onestroke(*words(pipeline_folder, prompt_file, tmp_path / "run", "boss", two))
     assert (said.code, said.err) == (0, ""), said
 
     def more(out, *given, teacher=pipeline_folder, **changes):
-        return onestroke(*words(teacher, prompt_file, tmp_path / out, **{"more": READ, **changes}), *given)
+        read = (*READ, "--set", "search=1") if changes.get("method") == "boss" else READ
+        return onestroke(*words(teacher, prompt_file, tmp_path / out, **{"more": read, **changes}), *given)
 
     return tmp_path / "run", more
 

@@ -68,7 +68,7 @@ def test_every_family_draws_at_times_of_its_own(name, teachers):
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_knots_found_in_training_are_those_of_the_pipeline(name, steps, teachers, tmp_path):
     """Distilled by BOSS: parity has passed, and card, model card and a second reading agree with the checkpoint."""
-    out, quick = tmp_path / "run", dict(steps=2, batch_size=2, log_with="none", lr=1e-2, solver_steps=20)
+    out, quick = tmp_path / "run", dict(steps=2, batch_size=2, log_with="none", lr=1e-2, solver_steps=20, search=1)
     student = onestroke.distill(
         str(teachers[name].source), method="boss", prompts=PROMPTS, out=out, student_steps=steps, **quick
     )

@@ -210,5 +210,16 @@ def exact_is_a_fixed_point(cls, name, moves, **options):
             student.mean.data -= 0.1
 
 
+def pairs_are_neighbours(cls, make=made, **options):
+    """Of four intervals each is drawn: the teacher begins at its upper time, the average is asked at its lower one."""
+    path, e, seen = make_path("edm"), torch.zeros(4, 1, dtype=F64), {"teacher": [], "slow": []}
+    method = make(cls, path, Line(path, 0.7, 0.2), **options)
+    for role, found in seen.items():
+        getattr(method, role).register_forward_pre_hook(lambda _, args, found=found: found.append(args[1]))
+    next(method.step(Batch(e, labels(4), Drawn(tensor(0.125, 0.375, 0.625, 0.875), *[e] * 3), e), 0))
+    close(seen["teacher"][0], tensor(0.25, 0.5, 0.75, 1.0))
+    close(seen["slow"][0], tensor(0.0, 0.25, 0.5, 0.75))
+
+
 def ladder(path, count):
     return times.ladder(path, count)

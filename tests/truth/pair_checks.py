@@ -11,16 +11,17 @@ from onestroke.method import Batch, Pairs
 from onestroke.paths import Estimate, like
 from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
-from truth.checks import F64, Given, T, close, hand_ab, labels, parts, tensor
+from truth.checks import F64, Given, T, close, hand_ab, labels, make_path, parts, tensor
 
 M, S = 0.3, 0.5
 PATHS = ("vp", "edm", "flow", "trig", "trig half", "table", "table0")
 
 
-def at(t=T):
-    """Every time that a method draws is t."""
+def at(t=T, **law):
+    """Every time that a method draws is t; `law`, where it is given, is what it asks of them by name."""
 
     def fixed(draw, *args, **kwargs):
+        assert law in ({}, kwargs)
         return torch.as_tensor(t, dtype=F64).expand(draw.size)
 
     return mock.patch.multiple("onestroke.times", uniform=fixed, straight=fixed)
@@ -121,6 +122,16 @@ def losses(method, batch, step=0):
 def build(cls, path, student, teacher=None, scale=1.0, **options):
     """The method; `teacher` only has to be there."""
     return cls(parts(path, teacher or GaussianMixture(path, tensor([M]), S), student, None, scale), **options)
+
+
+def straightens(cls, rounds):
+    """Of a run of 1000, so many rounds are reflow, whose times are 0.001 or more; then it distils."""
+    path, z = make_path("vp"), noise()
+    method = build(cls, path, Slope(path))
+    for step, reflow in ((rounds - 1, True), (rounds, False)):
+        with at(T, lo=0.001):
+            assert ("flow" in losses(method, batch(z), step)) == reflow
+    return method
 
 
 def reflow_is_exact_on_a_gaussian(cls, path, **options):

@@ -134,6 +134,24 @@ def test_the_knots_are_of_the_mean_cost():
     assert build(Boss, make_path("flow"), None, 2, 8, knots="grid").phases == ()
 
 
+def costs_by_hand(cls, name="vp"):
+    """Of any states: where the chord of two neighbours leads, less the state there, in units of a + b."""
+    path, ways = make_path(name), checks.noise(8 * 5, seed=24).reshape(8, 5, 1)
+    points, want = [*(hand_ab(name, t) for t in (1.0, 0.75, 0.5, 0.25)), (1.0, 0.0)], torch.zeros(5, 5, dtype=F64)
+    for i, ((a, b), (c, d)) in enumerate(itertools.pairwise(points)):
+        x, y = ways[:, i], ways[:, i + 1]
+        x0 = (y - d / b * x) / (c - d / b * a)
+        for j in range(i + 1, 5):
+            c, d = points[j]
+            want[i, j] = ((c * x0 + d * (x - a * x0) / b - ways[:, j]) / (c + d)).square().mean()
+    close(build(cls, path, checks.Slope(path), 1, 4).costs(ways), want, 1e-7)
+
+
+@pytest.mark.parametrize("name", ["vp", "edm", "flow", "trig"])
+def test_the_costs_are_those_typed_by_hand(name):
+    costs_by_hand(Boss, name)
+
+
 # ---- straightening -------------------------------------------------------------------------------------------
 
 
@@ -249,6 +267,10 @@ def chords(module):
         straight_is_where_small_steps_end(module.Boss, name)
 
 
+def costs(module):
+    costs_by_hand(module.Boss)
+
+
 def mean(module):
     knots_of_the_mean_cost(module.Boss)
 
@@ -261,6 +283,7 @@ MUTANTS = [
     ("(cost + best).min(1)", "(cost + best).min(0)", brute),
     ("choices.insert(0, choice)", "choices.append(choice)", brute),
     ("(a[j] + b[j]).to(est.x0)", "a[j].to(est.x0)", knots),
+    (" / (a[j] + b[j]).to(est.x0)", "", costs),
     ("- ways[j]", "- ways[i]", knots),
     ("- ways[-1]", "- ways[0]", knots),
     ("here, here + 1", "here, 0 * here + last", knots),

@@ -113,6 +113,14 @@ def test_what_does_not_exist_is_refused():
         checks.made(CD, path, Line(path, 1.0, 0.0), distance="lpips")
 
 
+def neighbours(cls):
+    checks.pairs_are_neighbours(cls, levels=5)
+
+
+def test_pairs_are_neighbours_on_the_ramp():
+    neighbours(CD)
+
+
 def published_default(cls):
     assert checks.made(cls, EDM(), Line(EDM(), 0.7, 0.2)).move.__name__ == "heun"
     assert len(checks.made(cls, EDM(), Line(EDM(), 0.7, 0.2)).grid) == 40
@@ -128,6 +136,8 @@ MUTANTS = [
     ('follow={"slow": self.keep}', "follow={}", by_hand),
     ("self.guide(self.teacher)", "self.teacher", guided),
     ('scheme: str = "heun"', 'scheme: str = "euler"', published_default),
+    ("batch.draw, self.grid)", "batch.draw, self.grid[1:])", neighbours),
+    ("batch.draw, self.grid)", "batch.draw, self.grid, 2)", neighbours),
 ]  # fmt: skip
 
 

@@ -39,7 +39,12 @@ def play(cls, path, student, slow=None, teacher=None, scale=1.0, exact=False, la
     u = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
     drawn = [u, (u * 3) % 1, (u * 5) % 1]
     x0, z, e = M + S * checks.noise(ROWS, 41), checks.noise(ROWS, 42), checks.noise(ROWS, 43)
-    at = mock.patch("onestroke.times.log_normal", lambda draw, path, mean, std: path.snap(tensor(LEVEL).expand(ROWS)))
+
+    def level(draw, path, mean, std):
+        assert (mean, std) == (-1.2, 1.2)
+        return path.snap(tensor(LEVEL).expand(ROWS))
+
+    at = mock.patch("onestroke.times.log_normal", level)
     steps = cls.step.__globals__
     with at, mock.patch.dict(steps, {"heun": lambda net, path, x, t, s, cond: flow(path, x, t, s)} if exact else {}):
         turns = list(method.step(Batch(z, labels(ROWS, label), Drawn(drawn, [e, *normals]), x0), 1))
@@ -240,7 +245,11 @@ MUTANTS = [
     ("{**cond, \"s\": t}, t", "cond, t", denoised),
     ("self.dsm * terms", "terms", denoised),
     ("sigma_data: float = 0.5", "sigma_data: float = 1.0", denoised),
+    ("self.mean, self.std)\n", "self.std, self.mean)\n", denoised),
+    ("mean: float = -1.2", "mean: float = 0.0", denoised),
+    ("std: float = 1.2", "std: float = 1.0", denoised),
     ("self.guide(self.teacher)", "self.teacher", scaled),
+    ("self.mean, self.std), torch", "self.std, self.mean), torch", judged),
     ("self.judge(path.diffuse(ahead,", "self.judge(path.diffuse(target,", judged),
     ("gan = self.gan_weight *", "gan =", judged),
     ("gan_student(logits", "gan_student(-logits", judged),

@@ -18,6 +18,7 @@ from truth.checks import T, close, hand_ab, make_path, tensor
 from truth.consistency_checks import Drawn
 from truth.pair_checks import PATHS, M, S, Shifted
 from truth.test_mutants import broken
+from truth.test_progressive import fine
 
 
 class Shifting(torch.nn.Module):
@@ -103,14 +104,13 @@ class Halved(Told):
     """Of every row, the x0 whose one DDIM step ends where two DDIM steps on N(w M, S^2) do, for the w told."""
 
     def forward(self, x, t, cond):
-        (grid, mean), rows = ([*self.path.grid(len(x)), 0.0], self.mean(cond)), []
+        grid, mean, rows = fine(self.path, 2 * len(x)), self.mean(cond), []
         for i, (row, mu) in enumerate(zip(x, mean, strict=True)):
-            half = self.path.snap(tensor((grid[i] + grid[i + 1]) / 2)).item()
-            (a, b), (c, d), (e, f) = (hand_ab(self.name, v) for v in (grid[i], half, grid[i + 1]))
+            (a, b), (c, d), (e, f) = (hand_ab(self.name, v) for v in grid[2 * i : 2 * i + 3])
             middle = c * mu + (a * c * S**2 + b * d) / (a**2 * S**2 + b**2) * (row - a * mu)
             x0 = mu + c * S**2 / (c**2 * S**2 + d**2) * (middle - c * mu)
             end = e * x0 + f * (middle - c * x0) / d
-            rows.append(x0 if grid[i + 1] == 0 else (end - f / b * row) / (e - f / b * a))
+            rows.append(x0 if grid[2 * i + 2] == 0 else (end - f / b * row) / (e - f / b * a))
         return self.path.split(x, torch.stack(rows), t, "x0")
 
 

@@ -34,6 +34,15 @@ def test_reflow_then_the_noise_end(name):
     then_the_noise_end(InstaFlow, name)
 
 
+def straightens(cls):
+    """Seven tenths of the run."""
+    checks.straightens(cls, 700)
+
+
+def test_what_a_run_is_divided_into():
+    straightens(InstaFlow)
+
+
 def first(module):
     reflow_first(module.InstaFlow, "vp")
 
@@ -42,10 +51,16 @@ def second(module):
     then_the_noise_end(module.InstaFlow, "vp")
 
 
+def parts_of_a_run(module):
+    straightens(module.InstaFlow)
+
+
 SOURCE = "onestroke.methods.flow.instaflow"
 MUTANTS = [
     ("step < self.straighten", "step <= self.straighten", second),
     ("step < self.straighten", "step > self.straighten", first),
+    ("7 * parts.rounds // 10", "6 * parts.rounds // 10", parts_of_a_run),
+    ("lo=0.001", "lo=0.01", parts_of_a_run),
     ("self.few.eps(noise, x0)", "noise", first),
     ("self.few.time(0, noise)", "0.5 * self.few.time(0, noise)", second),
 ]

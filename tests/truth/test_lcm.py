@@ -46,6 +46,14 @@ def test_the_gain_is_that_of_50_steps(name):
     close(checks.solved(method, path, method.grid)[1:, 0], checks.gains(path, method.grid)[1:])
 
 
+def neighbours(cls):
+    checks.pairs_are_neighbours(cls, grid=4, embed=False)
+
+
+def test_pairs_are_neighbours_on_the_grid():
+    neighbours(LCM)
+
+
 def guided_mean(cls, **options):
     checks.guided_mean_is_w_m(cls, w=W, spread=0.0, **options)
 
@@ -114,6 +122,8 @@ MUTANTS = [
     ("self.path, x, t, s, batch.cond", "self.path, x, s, t, batch.cond", by_hand),
     ('distance: str = "huber"', 'distance: str = "l2"', by_hand),
     ("keep: float = 0.95", "keep: float = 0.9", by_hand),
+    ("batch.draw, self.grid)", "batch.draw, self.grid[1:])", neighbours),
+    ("batch.draw, self.grid)", "batch.draw, self.grid, 2)", neighbours),
 ]
 
 

@@ -15,7 +15,7 @@ from contract.build import settings_of
 from onestroke.errors import InputError
 from onestroke.method import Batch, follow
 from onestroke.methods.flow.progressive import Progressive
-from onestroke.paths import like
+from onestroke.paths import Flow, like
 from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
@@ -45,9 +45,13 @@ def every_step(path, student, teacher, cls=Progressive, scale=1.0, step=0, **opt
     return method, Batch(z, labels(N), Drawn((torch.arange(N) + 0.5) / N), x0)
 
 
-def hand_target(path, name, teacher, x, t, s):
+def fine(path, steps=2 * N):
+    """The times of all half steps, decreasing from the student's call to 0, typed by hand."""
+    return [path.snap(tensor(path.grid(1)[0] * k / steps)).item() for k in range(steps, -1, -1)]
+
+
+def hand_target(name, teacher, x, t, half, s):
     """D of sheet 5.5 from two DDIM steps typed by hand; at the data end the second step's D. Also where they end."""
-    half = path.snap(tensor((t + s) / 2)).item()
     (a, b), (a1, b1), (a2, b2) = (hand_ab(name, v) for v in (t, half, s))
 
     def net(x, t):
@@ -66,17 +70,17 @@ def lands_where_two_steps_do(cls, name):
     path = make_path(name)
     teacher, student = checks.two_modes(path), Shifted(path, 0.0)
     method, batch = every_step(path, student, teacher, cls)
-    grid = (*path.grid(N), 0.0)
-    t = tensor(*grid[:-1])
+    grid = fine(path)
+    t = tensor(*grid[:-1:2])
     x = path.mix(batch.x0, batch.noise, t)
-    found = [hand_target(path, name, teacher, x[i], grid[i], grid[i + 1]) for i in range(N)]
+    found = [hand_target(name, teacher, x[i], *grid[2 * i : 2 * i + 3]) for i in range(N)]
     student.x0 = torch.stack([d for d, _ in found])
     assert checks.losses(method, batch)["halve"] < 1e-20
     close(student.seen[0], x)
     close(student.seen[1], t)
     est = student(x, t, {})
     for i in range(N - 1):
-        a, b = hand_ab(name, grid[i + 1])
+        a, b = hand_ab(name, grid[2 * i + 2])
         close(a * est.x0[i] + b * est.eps[i], found[i][1], 1e-9, 1e-12)
 
 
@@ -90,11 +94,11 @@ def weight_is_truncated_snr(cls, name, shift=0.01):
     path = make_path(name)
     student = Shifted(path, 0.0)
     method, batch = every_step(path, student, checks.two_modes(path), cls)
-    grid = (*path.grid(N), 0.0)
-    x = path.mix(batch.x0, batch.noise, tensor(*grid[:-1]))
-    found = [hand_target(path, name, method.teacher, x[i], grid[i], grid[i + 1]) for i in range(N)]
+    grid = fine(path)
+    x = path.mix(batch.x0, batch.noise, tensor(*grid[:-1:2]))
+    found = [hand_target(name, method.teacher, x[i], *grid[2 * i : 2 * i + 3]) for i in range(N)]
     student.x0 = torch.stack([d for d, _ in found]) + shift
-    snr = tensor(*(a**2 / b**2 for a, b in (hand_ab(name, t) for t in grid[:-1])))
+    snr = tensor(*(a**2 / b**2 for a, b in (hand_ab(name, t) for t in grid[:-1:2])))
     assert (snr > 1).any()
     assert (snr < 1).any()
     close(checks.losses(method, batch)["halve"], (snr.clamp_min(1) * shift**2).mean(), 1e-7)
@@ -118,11 +122,12 @@ class Gains(nn.Module):
         return self.path.split(x, x0, t, "x0")
 
 
-@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
+@pytest.mark.parametrize("name", ["vp", "edm", "flow", "table", "shifted"])
 def test_the_last_stage_composes_all_steps_of_the_first(name):
     """On a Gaussian every stage's target is linear; the one step of the end is the product of the DDIM steps
-    kappa = (a a' s^2 + b b') / (a^2 s^2 + b^2) of the finest grid."""
-    path = make_path(name)
+    kappa = (a a' s^2 + b b') / (a^2 s^2 + b^2) of the finest grid. No stage is asked at a time that it has not learned,
+    on paths whose own times of N steps are not among those of 2 N as well."""
+    path, name = (Flow(shift=3.0), "flow") if name == "shifted" else (make_path(name), name)
     teacher = GaussianMixture(path, tensor([0.0]), S)
     steps, net = N, teacher
     while steps:
@@ -134,10 +139,10 @@ def test_the_last_stage_composes_all_steps_of_the_first(name):
         x, t = method.student.seen
         net = Gains(path, {round(v, 9): g for v, g in zip(t.tolist(), (x0 / x)[:, 0], strict=True)})
         steps //= 2
-    want, grid = 1.0, (*path.grid(2 * N), None)
-    for t, s in itertools.pairwise(grid):
+    want = 1.0
+    for t, s in itertools.pairwise(fine(path)):
         a, b = hand_ab(name, t)
-        c, d = (1.0, 0.0) if s is None else hand_ab(name, s)
+        c, d = hand_ab(name, s) if s else (1.0, 0.0)
         want *= (a * c * S**2 + b * d) / (a**2 * S**2 + b**2)
     close(net(tensor([1.0]), tensor(path.grid(1)[0]), {}).x0, tensor([want]))
 
@@ -187,7 +192,7 @@ class Scaled(nn.Module):
 def test_bad_starts():
     with pytest.raises(InputError, match=r"start=6 must be the student's 1 step\(s\) doubled some times"):
         checks.build(Progressive, make_path("vp"), checks.Slope(make_path("vp")), start=6)
-    with pytest.raises(InputError, match="start=1024 has more steps than the teacher has times"):
+    with pytest.raises(InputError, match="a grid of 2048 steps has more of them than the teacher has times"):
         checks.build(Progressive, make_path("table"), checks.Slope(make_path("table")), start=1024)
 
 
@@ -229,7 +234,8 @@ SOURCE = "onestroke.methods.flow.progressive"
 MUTANTS = [
     (SOURCE, "like(s, x) > 0, line, two.x0", "like(s, x) >= 0, line, two.x0", lands),
     (SOURCE, "two = teacher(path.mix(one.x0, one.eps, half)", "two = teacher(path.mix(one.x0, x, half)", lands),
-    (SOURCE, "(t + s) / 2", "t", lands),
+    (SOURCE, "grid[k - part], grid", "grid[k], grid", lands),
+    (SOURCE, "(2 * steps)", "(4 * steps)", lands),
     (SOURCE, "path.mix(two.x0, two.eps, s), s).x0", "path.mix(two.x0, two.eps, s), half).x0", lands),
     (SOURCE, "step == stage * self.stage_steps", "step == stage", follows),
     (SOURCE, "self.last if stage else", "self.last if not stage else", follows),

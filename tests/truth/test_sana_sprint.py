@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -70,12 +71,26 @@ def test_without_guidance_there_is_one():
     assert method.spread == 0
 
 
-def adversarial(cls, name="vp"):
-    """Student: -1/2 x a slope / B on the samples noised again; heads: half the hinge, each sample under new noise."""
+def of_the_data(cls):
+    """No guided teacher has had a part in the trajectories of the data: there is nothing to tell."""
+    with mock.patch("contract.build.get_method", return_value=cls):
+        told = build("sana-sprint", "vp", "x0", 3.0, velocity="teacher")
+        plain = build("sana-sprint", "vp", "x0", 3.0, velocity="data")
+    assert (told.spread, told.guidance.reach) == (0.5, 0.5)
+    assert (plain.spread, plain.guidance, plain.misaligned) == (0.0, None, False)
+
+
+def test_the_velocity_of_the_data_has_no_guidance():
+    of_the_data(SanaSprint)
+
+
+def adversarial(cls, name="vp", misaligned=False):
+    """Student: -1/2 x a slope / B on the samples noised again; heads: half the hinge, each sample under new noise, and
+    among the false ones, if asked, the data under the prompt of another row."""
     (a, b), path = hand_ab(name, T), make_path(name)
-    normals = torch.randn(6, 8, 1, generator=torch.Generator().manual_seed(31), dtype=torch.float64)
+    normals = torch.randn(7, 8, 1, generator=torch.Generator().manual_seed(31), dtype=torch.float64)
     x0, student = 5 * (M + TAU * normals[0]), Free(MU + 5 * S * normals[1])
-    method = made(cls, name, student, gan.Seen(gauss(path, M, TAU)), 1.0)
+    method = made(cls, name, student, gan.Seen(gauss(path, M, TAU)), 1.0, misaligned=misaligned)
     with at(T, path):
         game = method.step(Batch(normals[1], labels(8), Given(*normals[2:]), x0), LATE)
         first = next(game)
@@ -89,6 +104,8 @@ def adversarial(cls, name="vp"):
         last = next(game)
     assert last.player == "heads"
     real, fake = gan.logit(a * x0 + b * normals[4]), gan.logit(a * x + b * normals[5])
+    if misaligned:
+        fake = torch.cat([fake, gan.logit(a * torch.cat([x0[-1:], x0[:-1]]) + b * normals[6])])
     close(last.terms["gan"], 0.5 * ((1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean()))
     student.x.grad = None
     last.terms["gan"].backward()
@@ -100,15 +117,41 @@ def adversarial(cls, name="vp"):
 @pytest.mark.parametrize("name", ["vp", "edm", "flow"])
 def test_the_adversarial_turns_are_typed_by_hand(name):
     adversarial(SanaSprint, name)
+    misaligned(SanaSprint, name)
+
+
+def misaligned(cls, name="vp"):
+    adversarial(cls, name, misaligned=True)
+
+
+class Spy(Free):
+    """Remembers what it was called with."""
+
+    def forward(self, x, t, cond):
+        self.seen = x, t
+        return super().forward(x, t, cond)
+
+
+def inputs(cls, name="edm"):
+    """The first input is hypot(a, b) e, every other a x0 + b e at its own time."""
+    found, e = checks.batch(8, 1), checks.batch(8, 1, seed=6).noise
+    student = Spy(0 * e)
+    method = made(cls, name, student, gan.Seen(gauss(make_path(name), M, TAU)))
+    method.sample(found._replace(draw=Given(e)), {})
+    x, t = student.seen
+    assert 0 < (t == 1).sum() < 8
+    for i in range(8):
+        a, b = hand_ab(name, t[i].item())
+        close(x[i], math.hypot(a, b) * e[i] if t[i] == 1 else a * found.x0[i] + b * e[i], 1e-7)
+
+
+@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
+def test_the_inputs_are_typed_by_hand(name):
+    inputs(SanaSprint, name)
 
 
 def levels(cls):
     """Half of the samples begin at the first input, the others at data noised to a level of the student's law."""
-
-    class Spy(Free):
-        def forward(self, x, t, cond):
-            self.seen = x, t
-            return super().forward(x, t, cond)
 
     path, rows = make_path("edm"), 4000
     student = Spy(torch.zeros(rows, 1, dtype=torch.float64))
@@ -128,7 +171,7 @@ def levels(cls):
     judged = -path.log_snr(seen[0])  # n of N(-0.6, 1)
     assert judged.mean().item() == pytest.approx(0.0931, abs=5 / rows**0.5)
     assert judged.std().item() == pytest.approx(1, abs=5 / (2 * rows) ** 0.5)
-    assert method.ramp == 2000
+    assert (method.ramp, method.norm) == (2000, 0.2)
 
 
 def test_the_levels_are_the_published_ones():
@@ -147,7 +190,16 @@ MUTANTS = [
     ("self.path.mix(x, draw.normal(x), t)", "x", adversarial),
     ("with frozen(self.teacher, self.heads)", "with frozen(self.teacher)", adversarial),
     ("0.5 * terms.gan_critic", "terms.gan_critic", adversarial),
+    ("real.roll(1, 0)", "real", misaligned),
+    ("torch.cat([fake, self", "torch.cat([self", misaligned),
+    ("misaligned: bool = False", "misaligned: bool = True", of_the_data),
+    ('velocity == "teacher" and', "", of_the_data),
     ("self.judge(x.detach()", "self.judge(x", adversarial),
+    ("like(first, real) > 0", "like(first, real) < 0", inputs),
+    ("self.path.mix(real, noise, t)", "self.path.mix(noise, real, t)", inputs),
+    ("self.few.input(noise), self", "noise, self", inputs),
+    ("ramp: int = 2_000", "ramp: int = 4_000", levels),
+    ("norm: float = 0.2", "norm: float = 0.1", levels),
     ("mean: float = 0.893", "mean: float = 0.2", levels),
     ("gan_mean: float = 0.093", "gan_mean: float = -0.6", levels),
     ("gan_std: float = 1.0", "gan_std: float = 1.2", levels),

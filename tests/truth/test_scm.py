@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
+from onestroke import terms
 from onestroke.denoiser import OnPath
 from onestroke.draws import Draws
 from onestroke.errors import InputError
 from onestroke.method import Batch
-from onestroke.methods.consistency.scm import SCM, LogVariance
+from onestroke.methods.consistency.scm import SCM
 from onestroke.paths import EDM, Estimate, Flow, Trig, like
 from truth import tangent_checks as checks
 from truth.checks import F64, close, labels, make_path, tensor
@@ -255,15 +256,37 @@ def weight(cls):
         close(method.weight.series.grad[0], 1 - math.exp(-v) * plain)
     for scheme, ratio in (("tan", 1.0), ("one", angle.tan().item())):
         fixed = made(cls, path, student, weight=scheme)
-        fixed.weight.series.data[:1] = 0.3
         with at(0.4, path):
-            close(next(fixed.step(checks.batch(), LATE)).terms["change"], ratio * plain)
+            turn, *more = fixed.step(checks.batch(), LATE)
+        assert fixed.players == (turn.player,) == ("student",)
+        assert not more
+        close(turn.terms["change"], ratio * plain)
+
+
+def warms_up(cls):
+    """Over `ramp` rounds, and at once where there are none."""
+    path = make_path("vp")
+    for ramp, step, want in ((4, 0, 0.0), (4, 1, 0.25), (4, 4, 1.0), (4, 9, 1.0), (0, 0, 1.0), (0, 1, 1.0)):
+        method, seen = made(cls, path, Consistent(path), ramp=ramp), []
+        change = method.change
+        method.change = lambda *args, change=change, seen=seen: seen.append(args[-1]) or change(*args)
+        list(method.step(checks.batch(), step))
+        assert seen == [want]
+
+
+def test_the_warm_up_takes_its_rounds():
+    warms_up(SCM)
+
+
+def of_norm_one(log_variance):
+    """At the start it is the loss of a change of norm one, at every level."""
+    start = log_variance(torch.nn.Linear(1, 1, dtype=F64), 1024)(Flow(), tensor(0.1, 1.0))
+    close(start, [math.log(torch.full((4, 32, 8), 1024**-0.5, dtype=F64).square().mean())] * 2)
 
 
 def test_the_weight_learns_the_loss_of_a_level():
     weight(SCM)
-    start = LogVariance(torch.nn.Linear(1, 1, dtype=F64), 1024)(Flow(), tensor(0.1, 1.0))
-    close(start, [math.log(torch.full((4, 32, 8), 1024**-0.5, dtype=F64).square().mean())] * 2)  # a change of norm one
+    of_norm_one(terms.LogVariance)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
@@ -314,6 +337,14 @@ def weighs(module):
     weight(module.SCM)
 
 
+def begins(module):
+    of_norm_one(module.LogVariance)
+
+
+def warms(module):
+    warms_up(module.SCM)
+
+
 def drawn(module):
     levels(module.SCM)
 
@@ -341,8 +372,13 @@ MUTANTS = [
     ("loss.detach()", "loss", weighs),
     ("(-known).exp() * loss + known", "(-known).exp() * loss - known", weighs),
     ("((-known).exp() * loss).mean(), **more", "(known.exp() * loss).mean(), **more", weighs),
-    ('if self.scheme == "learned" else', 'if self.scheme != "learned" else', weighs),
+    ('if "weight" in self.players else', 'if "weight" not in self.players else', weighs),
+    ('or weight == "learned"', 'or weight != "one"', weighs),
     ('if self.scheme == "one" else', 'if self.scheme != "one" else', weighs),
+    ("-math.log(elements)", "0.0", begins),
+    ("step / self.ramp", "(step + 1) / self.ramp", warms),
+    ("if self.ramp else 1.0", "if self.ramp else 0.0", warms),
+    ("self.series[:1]", "self.series", begins),
     ("mean: float = -0.307", "mean: float = -1.0", drawn),
     ("mean + math.log(self.sigma_data)", "mean", drawn),
     ("self.level(batch.draw, self.angles", "times.log_normal(batch.draw, self.angles", drawn),
@@ -352,7 +388,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
 def test_the_check_fails_on_the_mutant(old, new, check):
-    source = "onestroke.methods.consistency.scm"
+    source = "onestroke.terms" if check is begins else "onestroke.methods.consistency.scm"
     check(broken(source, old, old))
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken(source, old, new))

@@ -154,6 +154,14 @@ def test_the_heads_descend_the_hinge():
     heads_turn(SCott)
 
 
+def neighbours(cls):
+    checks.pairs_are_neighbours(cls, seen, grid=4, **ALONE)
+
+
+def test_pairs_are_neighbours_on_the_grid():
+    neighbours(SCott)
+
+
 def guided_mean(cls):
     checks.guided_mean_is_w_m(cls, seen, gan_weight=0.0, **ALONE)
 
@@ -193,12 +201,14 @@ MUTANTS = [
     ("path.log_snr(t) - path.log_snr(s)", "path.log_snr(s) - path.log_snr(t)", step_of),
     ("(i + 1) / self.substeps", "(i + 2) / (self.substeps + 1)", moved),
     ("est, now, then, self.eta", "est, t, s, self.eta", moved),
-    ("self.gan_weight * terms.gan_student(self", "-self.gan_weight * terms.gan_student(self", student_turn),
+    ("self.gan_weight * gan}", "-self.gan_weight * gan}", student_turn),
     ("with frozen(self.teacher, self.heads)", "with frozen(self.teacher)", student_turn),
     ("self.judge(real, cond, draw), self.judge(x.detach(), cond, draw)",
      "self.judge(x.detach(), cond, draw), self.judge(real, cond, draw)", heads_turn),
     ('loss: str = "hinge"', 'loss: str = "softplus"', heads_turn),
     ("gan_weight: float = 0.1", "gan_weight: float = 0.2", weighted),
+    ("(draw, self.grid)", "(draw, self.grid[1:])", neighbours),
+    ("(draw, self.grid)", "(draw, self.grid, 2)", neighbours),
     ("self.guide(self.teacher)", "self.teacher", guided_mean),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided_mean),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 2.0)", guided_mean),

@@ -150,16 +150,20 @@ def test_the_lengths_are_the_published_ones():
     lengths(Shortcut)
 
 
-def test_before_the_path_begins_the_student_is_read_where_it_does():
+def begins_with_the_path(cls):
     path = make_path("vp")
     net = small_net(path, "x0", "student")
-    method = Shortcut(replace(parts(path, checks.gauss(path), net, net), shape=(2,)))
+    method = cls(replace(parts(path, checks.gauss(path), net, net), shape=(2,)))
     a, b = (c.item() for c in path.ab(torch.tensor(path.t_min, dtype=F64)))
     assert method.flow.t_min == pytest.approx(b / (a + b))
     seen = []
     net.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     list(method.step(checks.batch(draw=Given(0.5, 0.5, 0.0, 0.0)), 0))
     assert min(t.min() for t in seen) >= path.t_min - 1e-12
+
+
+def test_before_the_path_begins_the_student_is_read_where_it_does():
+    begins_with_the_path(Shortcut)
 
 
 def test_the_number_of_steps_must_halve():
@@ -203,6 +207,7 @@ MUTANTS = [
     ("self.grid.bit_length() - 1)", "self.grid.bit_length())", lengths),
     ("1 + (draw.uniform() * count).floor()", "(draw.uniform() * count).floor()", lengths),
     ("self.guide(self.teacher)", "self.teacher", guided_mean_is_w_m),
+    (".clamp_min(self.flow.t_min)", "", begins_with_the_path),
 ]
 
 

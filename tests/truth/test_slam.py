@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -69,7 +70,8 @@ def test_the_ends_of_the_sub_path_are_its_states(name):
 def by_hand(cls, g=0.3):
     """huber of f(x_g, t_g) - what the average says of x_s, which at the data end is x_s / a_s; EDM, all typed."""
     path, (x0, e) = make_path("edm"), samples(6)
-    for t, s in ((T, U), (0.05, 0.0)):
+    for t, s, first in ((T, U, 0.0), (0.05, 0.0, 0.0), (0.05, 0.0, 0.04)):
+        path = replace(path, t_min=first)  # the student is not asked before it
         student = Line(path, 0.7, 0.2)
         method = checks.made(cls, path, student)
         method.slow.gain.data.fill_(0.4)
@@ -80,6 +82,7 @@ def by_hand(cls, g=0.3):
         lower = checks.ddim("edm", t, s, x)
         rho = g * b + (1 - g) * d
         now = (rho ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+        now = max(now, first)
         target = lower if s == 0 else 0.4 * lower + 0.2 * s
         error = 0.7 * (g * x + (1 - g) * lower) + 0.2 * now - target
         close(turn.terms["consistency"], ((error**2 + 1e-6).sqrt() - 1e-3).mean())
@@ -101,6 +104,14 @@ def test_at_the_noisy_end_it_is_latent_consistency(name):
             (turn,) = method.step(Batch(e, labels(6), Drawn(torch.ones(6, dtype=F64), e), x0), 0)
         found.append((turn.terms["consistency"], *torch.autograd.grad(turn.terms["consistency"], student.gain)))
     assert found[0] == found[1]
+
+
+def neighbours(cls):
+    checks.pairs_are_neighbours(cls, grid=4)
+
+
+def test_pairs_are_neighbours_on_the_grid():
+    neighbours(SLAM)
 
 
 def guided_mean(cls):
@@ -156,8 +167,11 @@ MUTANTS = [
     ("like((1 - g) * a / at_s, x)", "like((1 - g) * a / at_t, x)", chord),
     ("self.path, x, t, s, cond)", "self.path, x, s, t, cond)", by_hand),
     ("self.slow, self.path, lower, s,", "self.student, self.path, lower, s,", by_hand),
-    ("self.student(x, now,", "self.student(x, t,", by_hand),
+    ("self.student(x, now.clamp_min(self.path.t_min),", "self.student(x, t,", by_hand),
+    ("now.clamp_min(self.path.t_min)", "now", by_hand),
     ("keep: float = 0.95", "keep: float = 0.9", by_hand),
+    ("batch.draw, self.grid)", "batch.draw, self.grid[1:])", neighbours),
+    ("batch.draw, self.grid)", "batch.draw, self.grid, 2)", neighbours),
     ("-self.path.log_snr(t) <= math.log(NOISIEST)", "self.path.ab(t)[0] > 0", without_signal),
     ("self.guide(self.teacher)", "self.teacher", guided_mean),
     ("self.guide(self.teacher)", "self.guide(self.teacher, 4.0)", guided_mean),

@@ -11,7 +11,7 @@ from onestroke.paths import Flow
 from onestroke.teachers.gaussian import GaussianMixture
 from onestroke.truth import converge, ring
 from truth import pair_checks as checks
-from truth.checks import F64, Given, T, close, labels, make_path, tensor
+from truth.checks import F64, Given, T, close, hand_ab, labels, make_path, tensor
 from truth.pair_checks import PATHS, M, S
 from truth.test_mutants import broken
 
@@ -73,6 +73,28 @@ def test_guided_by_two_steps_of_the_straightened_flow(first):
     guided_by_two_steps(SlimFlow, first)
 
 
+def two_steps_share_the_straight_time(cls, name):
+    """Where the part u of b / (a + b) at the noise end has gone by, 1 - u of it is left."""
+    path, u = make_path(name), 0.3
+    (a, b, _), method = checks.end_of(path), checks.build(cls, path, checks.Slope(path))
+    c, d = hand_ab(name, method.part(tensor(path.t_max), tensor(u)).item())
+    assert d / (c + d) == pytest.approx((1 - u) * b / (a + b), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vp", "edm", "flow", "trig", "trig half"])
+def test_two_steps_share_the_straight_time(name):
+    two_steps_share_the_straight_time(SlimFlow, name)
+
+
+def straightens(cls):
+    """Six tenths of the run, and noise is annealed over three quarters of them."""
+    assert checks.straightens(cls, 600).anneal == 450
+
+
+def test_what_a_run_is_divided_into():
+    straightens(SlimFlow)
+
+
 def nothing_moves_when_straight(cls, name):
     """The straightened student of a Gaussian is already its own two steps, on every path."""
     path, z = make_path(name), checks.noise()
@@ -115,6 +137,14 @@ def guides(module):
         guided_by_two_steps(module.SlimFlow, first)
 
 
+def shares(module):
+    two_steps_share_the_straight_time(module.SlimFlow, "vp")
+
+
+def parts_of_a_run(module):
+    straightens(module.SlimFlow)
+
+
 def still(module):
     nothing_moves_when_straight(module.SlimFlow, "vp")
 
@@ -126,6 +156,10 @@ MUTANTS = [
     ("follow(self.straight, self.student)", "pass", still),
     ("step == self.straighten", "step != self.straighten", still),
     ("(1 - u) * torch.sigmoid", "u * torch.sigmoid", guides),
+    ("(1 - u) * torch.sigmoid(-self.path.log_snr(end))", "1 - u", shares),
+    ("6 * parts.rounds // 10", "7 * parts.rounds // 10", parts_of_a_run),
+    ("3 * self.straighten // 4", "self.straighten // 2", parts_of_a_run),
+    ("lo=0.001", "lo=0.01", parts_of_a_run),
     ("two = self.straight(", "two = self.student(", guides),
     ('if self.first == "straight" else', 'if self.first != "straight" else', guides),
     ("self.error(batch.noise, two", "self.error(noise, two", guides),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from onestroke.paths import Estimate, like
 from onestroke.sampling import FewStep
 from onestroke.teachers.gaussian import GaussianMixture
 from truth import pair_checks as checks
+from truth import segment_checks
 from truth.checks import Given, close, hand_ab, labels, make_path, tensor
 from truth.pair_checks import PATHS, M, S
 from truth.test_guided_distillation import Shifting, mean_is_w_m
@@ -37,7 +39,7 @@ class Drawn(Given):
 
 def build(cls, path, student, teacher, steps=STEPS, **options):
     few = FewStep(path, path.grid(steps), renoise="implied")
-    parts = replace(checks.parts(path, teacher, student, None), few=few, rounds=2)
+    parts = replace(checks.parts(path, teacher, student, None), few=few, rounds=5)
     return cls(parts, **{"pieces": PIECES, "hops": HOPS, **options})
 
 
@@ -183,6 +185,35 @@ def test_a_negative_prompt_is_led_away_from():
     negative_prompt_is_led_away_from(SpeedUpNet)
 
 
+class Texts(nn.Module):
+    """x0 is the text; where a second one is read, it is led away from that by 3."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x, t, cond):
+        self.away = cond.get("negative.text", cond["text"])
+        return self.path.split(x, 3 * cond["text"] - 2 * self.away, t, "x0")
+
+
+def rows_have_negatives_of_their_own(cls):
+    """Half of them: where a row's second number is below one half, its first names a prompt of the run. The student
+    reads what the teacher is led away from."""
+    path, z = make_path("vp"), checks.noise(4)
+    told = {"null": {"text": tensor([0.0])}, "conditions": {"text": tensor([1.0], [2.0], [3.0])}}
+    student, draw = Texts(path), segment_checks.Drawn([tensor(0.4, 0.9, 0.1, 0.1), tensor(0.0, 0.49, 0.5, 0.9)], [z])
+    with mock.patch.dict(cls.step.__globals__, branched=lambda net, null, scale: student):
+        method = cls(replace(checks.parts(path, Texts(path), None, None, 3.0), **told))
+    with checks.at(0.4):
+        assert checks.losses(method, Batch(z, {"text": 0 * z + 7}, draw, z))["guide"] < 1e-20
+    assert student.away.flatten().tolist() == [2, 3, 0, 0]
+
+
+def test_rows_have_negatives_of_their_own():
+    rows_have_negatives_of_their_own(SpeedUpNet)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -213,9 +244,18 @@ def negative(module):
     negative_prompt_is_led_away_from(module.SpeedUpNet)
 
 
+def others(module):
+    rows_have_negatives_of_their_own(module.SpeedUpNet)
+
+
 MUTANTS = [
     ("Guided(self.teacher, self.scale, null)", "self.teacher", guides),
     ("parts.prompts([negative]) if negative else parts.null", "parts.null", negative),
+    ("others: float = 0.5", "others: float = 0.4", others),
+    (">= self.others", "< self.others", others),
+    ('len(self.every["text"])', '(len(self.every["text"]) - 1)', others),
+    ("self.scale, null)", "self.scale, self.null)", others),
+    ("negated(cond, null, None)", "negated(cond, self.null, None)", others),
     ("step < self.guide_steps", "step <= self.guide_steps", stages),
     ("goal == step_of", "goal != step_of", ends),
     ("grid[goal + hop - 1]", "grid[goal]", ends),

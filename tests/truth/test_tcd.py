@@ -109,7 +109,7 @@ def keeps_the_variance(module, name):
     t, e = path.grid(3), fourfold(1)
     for eta in (0.0, 0.3, 0.7):
         few = module.FewStep(path, t, eta=eta)
-        ends = sorted({path.snap(torch.tensor((1 - eta) * v, dtype=torch.float64)).item() for v in t[1:]} | {0.0})
+        ends = sorted({path.floor(torch.tensor((1 - eta) * v, dtype=torch.float64)).item() for v in t[1:]} | {0.0})
         first = few.time(0, e[0])
         scale = (variance(path, first) / (torch.hypot(*path.ab(first))) ** 2).sqrt()[:, None]
         mean = path.ab(first)[0][:, None] * checks.M / torch.hypot(*path.ab(first))[:, None]
@@ -137,12 +137,12 @@ def test_no_eta_is_ddim_and_a_whole_one_fresh_noise():
     assert torch.equal(second(eta=1.0), second())
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3])
-def test_diffusers_scheduler_takes_the_same_steps(eta):
+def as_diffusers(module, steps=8, eta=0.3):
+    """To the index: (1 - eta) of it is cut off, not rounded."""
     from diffusers import TCDScheduler
 
     scheduler = TCDScheduler(1000, **SD, original_inference_steps=8, prediction_type="sample")
-    scheduler.set_timesteps(4)
+    scheduler.set_timesteps(steps)
     path, one, two = make_path("table"), *(torch.Generator().manual_seed(5) for _ in range(2))
 
     class Noise:
@@ -152,11 +152,18 @@ def test_diffusers_scheduler_takes_the_same_steps(eta):
     def net(x, t, cond):
         return path.split(x, x.tanh(), t, "x0")
 
-    xs = FewStep(path, path.grid(4), eta=eta).inputs(net, fourfold(1)[0], labels(4), Noise())
+    xs = module.FewStep(path, path.grid(steps), eta=eta).inputs(net, fourfold(1)[0], labels(4), Noise())
     x = xs[0]
     for t, want in zip(scheduler.timesteps, xs[1:], strict=False):
         x = scheduler.step(x.tanh(), t, x, eta, generator=two).prev_sample
         close(x, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(4, 0.0), (4, 0.3), (8, 0.3), (2, 0.5), (8, 0.7)])
+def test_diffusers_scheduler_takes_the_same_steps(steps, eta):
+    from onestroke import sampling
+
+    as_diffusers(sampling, steps, eta)
 
 
 @each
@@ -204,6 +211,7 @@ MUTANTS = [
     (TEACHER, "self.guide(self.teacher)", "self.teacher", scaled),
     (TEACHER, "draw.uniform() < self.whole", "draw.uniform() > self.whole", mixed),
     (SAMPLER, "(1 - self.eta) * t", "self.eta * t", sampled),
+    (SAMPLER, "self.path.floor(", "self.path.snap(", as_diffusers),
     (SAMPLER, "self.path.diffuse(self.path.mix(est.x0, est.eps, s), s,", "self.path.diffuse(est.x0, s,", sampled),
 ]  # fmt: skip
 

@@ -196,7 +196,7 @@ def test_times_may_have_ends_of_their_own():
 
 
 def test_what_contradicts_it_is_refused():
-    with pytest.raises(InputError, match="set renoise=implied"):
+    with pytest.raises(InputError, match="needs renoise=implied"):
         TDM(replace(parts(EDM(), None, None, None), few=FewStep(EDM(), EDM().grid(2))))
     with pytest.raises(InputError, match=r"unknown loss 'hubr'\. Did you mean 'huber'"):
         TDM(parts(EDM(), None, None, None), loss="hubr")

@@ -208,7 +208,7 @@ def test_what_has_no_encoder_or_other_steps_is_refused():
     made = parts(path, student, Affine(path, tensor(0.0), tensor(1.0)), student)
     with pytest.raises(InputError, match="and Affine has none; take a teacher with a UNet"):
         TiUE(made)
-    with pytest.raises(InputError, match="not renoise='fresh'; set renoise=implied"):
+    with pytest.raises(InputError, match="needs renoise=implied, not 'fresh'"):
         TiUE(replace(made, student=student, few=FewStep(path, path.grid(2))))
 
 

@@ -81,7 +81,7 @@ def sana_sprint(student: Student, steps: int | None = None) -> Any:
     does not at others. That of four steps has weights of hundreds: it needs float32.
     Raises InputError for a student of another pipeline, and for other numbers of steps.
     """
-    model, steps = student.model, steps or len(student.few.times)
+    model, steps = student.model, len(student.few.times) if steps is None else steps
     check_sprint(type(model.pipeline).__name__, steps)
     net: Any = getattr(model.net, model.part)
     twin: Any = SanaTransformer2DModel.from_config({**net.config, "guidance_embeds": True})

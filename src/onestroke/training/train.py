@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -157,6 +158,8 @@ class Trainer:
         try:
             self.accelerator = Accelerator(
                 mixed_precision=settings.precision,
+                # an older torch gives the next call the cast of a weight from one without gradient
+                kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
                 log_with=tracker,
                 project_dir=None if folder is None else str(folder / "log"),
             )
@@ -183,7 +186,7 @@ class Trainer:
             wrapped = sharded(module) if settings.shard else prepare(module, device_placement=False)  # it is there
             setattr(method, player, wrapped)
             params = [p for p in wrapped.parameters() if p.requires_grad]
-            rates = {"lr": settings.of("lr", player, 1e-5), "betas": tuple(settings.of("betas", player))}
+            rates = {"lr": settings.of("lr", player, 1e-5), "betas": tuple(settings.of("betas", player, (0.9, 0.999)))}
             made = self.optimizer(params, weight_decay=settings.weight_decay, **rates)
             begin(made, self.device)
             if self.accelerator.scaler:  # else accelerate's adds nothing but a search for packages in every step

@@ -21,7 +21,8 @@ class CD(Method):
     scheme: of the teacher's step, published heun; euler, or DDIM, costs half. keep: of the average per round, published
     0.95. distance: l2, l1 or huber (see `terms.DISTANCES`).
     Ours: latents, so l2 in place of LPIPS, the published default; f(x, 0) = x holds as the path and the prediction give
-    it, without a parameterisation of its own. Published settings (LSUN): batch 2048, RAdam 1e-5, average of 0.99994.
+    it, without a parameterisation of its own; no weight of levels, as by default there. Published settings (LSUN, by
+    the code): batch 256, RAdam 1e-5 (here AdamW), average of 0.99994.
     """
 
     players = ("student",)
@@ -30,7 +31,7 @@ class CD(Method):
     paper = "Consistency models, arXiv 2303.01469"
     passes = {"student": 1, "slow": 1, "teacher": 4}
     max_steps = 8
-    defaults = {"lr": {"student": 1e-5}, "batch_size": 2048, "ema": 0.99994}
+    defaults = {"lr": {"student": 1e-5}, "batch_size": 256, "ema": 0.99994}
 
     def __init__(self, parts: Parts, levels: int = 40, scheme: str = "heun", keep: float = 0.95, distance: str = "l2"):
         super().__init__(parts)

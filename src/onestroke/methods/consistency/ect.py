@@ -20,8 +20,9 @@ class ECT(Method):
     q: published 2. stages: how many there are, published 8 (CIFAR-10). stage_steps: rounds of each; 0: the run in equal
     parts, and then a resumed run must keep its number of rounds. k, b: of n, published 8 and 1; k = 0 leaves 1. c: of
     the pseudo-Huber norm, published 0. mean, std: of log t, published -1.1 and 2.
-    Ours: any path, whose b / a is the level; an r below the path's least level is 0. Published settings (CIFAR-10):
-    batch 128, RAdam 1e-4, no clipping, average of 0.9993, dropout 0.2 (ours: none).
+    Ours: any path, whose b / a is the level; an r below the path's least level is 0; the run's guidance is not used.
+    Published settings (CIFAR-10): batch 128, RAdam 1e-4 (here AdamW), no clipping, average of 0.9993, dropout 0.2
+    (ours: none).
     """
 
     players = ("student",)

@@ -32,7 +32,8 @@ class HyperSD(Method):
     the GAN, ours hinge; softplus is the other.
     Ours: states are scaled to the variance-preserving path before they are compared; one net for every number of steps,
     re-noised in between; beside the scores the last stage goes on as it was, where the published regresses on the
-    teacher's output; the fake plays as often as the student; guidance_scale is 7.5 by default.
+    teacher's output; the fake plays as often as the student; guidance_scale is 7.5 by default; no noise is added to the
+    moved states; one step is taken from the noise end, where the published is taken from 800 of 1000.
     The last stage goes over all times, and its jumps end at any below: its one student draws in 1, 2, 4 and 8 steps.
     Published settings: LoRA, one for all numbers of steps.
     """

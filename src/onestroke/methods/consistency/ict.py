@@ -22,8 +22,9 @@ class ICT(Method):
     first, last: published 10 and 1280. scale: of c, published 0.00054. mean, std: of the log level, published -1.1 and
     2. stage_steps: rounds until the intervals double; 0 (published): the run in equal parts, and then a resumed run
     must keep its number of rounds.
-    Ours: it starts from the teacher's weights; noise beyond the ramp counts as its end, 80, in the weight. Published
-    settings (CIFAR-10): batch 1024, RAdam 1e-4, no clipping, average of 0.99993, dropout 0.3 (ours: none).
+    Ours: it starts from the teacher's weights; noise beyond the ramp counts as its end, 80, in the weight; the run's
+    guidance is not used. Published settings (CIFAR-10): batch 1024, RAdam 1e-4 (here AdamW), no clipping, average of
+    0.99993, dropout 0.3 (ours: none).
     """
 
     players = ("student",)

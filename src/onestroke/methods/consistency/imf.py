@@ -26,6 +26,7 @@ class IMF(MeanFlow):
 
     paper = "Improved MeanFlow, arXiv 2512.02012"
     passes = {"student": 3, "teacher": 2}
+    defaults = {**MeanFlow.defaults, "batch_size": 1024}
 
     def __init__(
         self,

@@ -22,8 +22,9 @@ class LCM(Method):
     its time embedding. Its pipeline draws under the run's own guidance_scale; what it has learned of the others is kept
     beside it (see `onestroke.students.guidance`). keep: of the average per round, published 0.95. distance: huber (per
     element, c = 0.001), l2 or l1.
-    Ours: f(x, 0) = x holds by the states, not by a parameterisation, which at the published times is 1 to 1e-3.
-    Published settings (SD 1.5): AdamW 1e-6, clip 1. As LoRA it is `lcm-lora`.
+    Ours: f(x, 0) = x holds by the states, not by a parameterisation, which at the published times is 1 to 1e-3; the
+    guidance enters by functions that vanish at the run's own (published: sinusoids of 1000 w).
+    Published are the settings of diffusers' script (SD 1.5), with AdamW 1e-6 and clip 1. As LoRA it is `lcm-lora`.
     """
 
     players = ("student",)

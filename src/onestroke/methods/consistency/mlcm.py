@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from onestroke import terms, times
-from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.solvers import euler, jump, trajectory
 
@@ -49,8 +48,7 @@ class MLCM(Method):
     ):
         super().__init__(parts)
         few = parts.few
-        if len(few.times) > 1 and few.renoise != "implied":
-            raise InputError("a student of DDIM steps needs renoise=implied.")
+        parts.check_implied()
         self.stages = times.halvings(len(few.times), segments=segments)
         edges = times.cut(few.path, (0.0, *reversed(few.times)), segments)
         self.grid = times.cut(few.path, edges.tolist(), grid)

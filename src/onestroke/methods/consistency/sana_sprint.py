@@ -23,23 +23,24 @@ class SanaSprint(SCM):
     mean, std: of the levels, as in `scm`; published 0.2 and 1.6 of data scaled to 0.5, a mean of 0.2 + log 2 = 0.893.
     gan: weight of the adversarial term, published 0.5. top: how often its level is the first, published 0.5. gan_mean,
     gan_std: of the noise its samples are judged at, published -0.6 (-0.6 + log 2 = 0.093) and 1. loss: of the GAN,
-    published hinge. spread: half the range of guidance, published 0.5 around 4.5; without guidance there is none. ramp:
-    rounds of the warm-up, published 4,000 batches, of which every other one trains the heads.
+    published hinge. spread: half the range of guidance, published 0.5 around 4.5; there is none without guidance or
+    with the velocity of the data. misaligned: whether real data under the prompt of another row is one more thing that
+    the heads must tell from it; true in the released settings of 1.6B. ramp: rounds of the warm-up, published 4,000
+    batches, of which every other one trains the heads.
     sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that its pipeline draws under the run's
     (see `lcm`); the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read
     on the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
     FlowMatchEuler's scheduler: the published sampler, but for its angles 1.5708 and 1.3. At those a SANA's student is
-    drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: no images paired with
-    wrong captions (an option), QK-norm and times in [0, 1] put into the teacher beforehand; CAME 2e-6, warm-up 5,000,
-    clip 0.1.
+    drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: QK-norm and times in
+    [0, 1] put into the teacher beforehand; CAME 2e-6 (here AdamW), warm-up 5,000, clip 0.1, no average.
     """
 
     players = ("student", "weight", "heads")
     needs = frozenset({"x0", "features"})
     paper = "SANA-Sprint, arXiv 2503.09641"
     passes = {"student": 3, "teacher": 5}
-    defaults = {"guidance_scale": 4.5, "lr": {"*": 2e-6}, "clip": 0.1}
+    defaults = {"guidance_scale": 4.5, "lr": {"*": 2e-6, "weight": 1e-3}, "warmup": 5000, "clip": 0.1}
 
     def __init__(
         self,
@@ -58,11 +59,13 @@ class SanaSprint(SCM):
         gan_std: float = 1.0,
         loss: str = "hinge",
         spread: float = 0.5,
+        misaligned: bool = False,
     ):
         super().__init__(parts, mean, std, sigma_data, ramp, norm, velocity, weight, difference)
         self.student, self.heads = TwoTimes(parts.student, parts.shape, parts.null), parts.heads()
         self.gan, self.top, self.gan_level, self.kind = gan, top, (gan_mean, gan_std), terms.checked_gan(loss)
-        self.scale, self.spread = parts.guidance_scale, spread if parts.guidance_scale != 1 else 0.0
+        guided = velocity == "teacher" and parts.guidance_scale != 1
+        self.scale, self.spread, self.misaligned = parts.guidance_scale, spread if guided else 0.0, misaligned
         self.guidance = Told(self.scale, 10.0, self.spread) if self.spread else None
 
     def judge(self, x: Tensor, cond: Cond, t: Tensor, draw: Draws) -> Tensor:
@@ -93,5 +96,8 @@ class SanaSprint(SCM):
 
         t = self.level(draw, self.path, *self.gan_level)
         with frozen(self.teacher):
-            logits = self.judge(real, cond, t, draw), self.judge(x.detach(), cond, t, draw)
-            yield Turn("heads", {"gan": 0.5 * terms.gan_critic(*logits, self.kind)})
+            true, fake = self.judge(real, cond, t, draw), self.judge(x.detach(), cond, t, draw)
+            if self.misaligned:
+                t = self.level(draw, self.path, *self.gan_level)
+                fake = torch.cat([fake, self.judge(real.roll(1, 0), cond, t, draw)])
+            yield Turn("heads", {"gan": 0.5 * terms.gan_critic(true, fake, self.kind)})

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from onestroke import times
+from onestroke import terms, times
 from onestroke.denoiser import OnPath
 from onestroke.draws import Draws
 from onestroke.errors import unknown
@@ -17,24 +17,6 @@ from onestroke.tangent import Field, Tangent, overlap
 
 RADIAN = 2 / math.pi
 """In unit time."""
-
-
-class LogVariance(nn.Module):
-    """(B,): the logarithm of the loss at each level of noise, for the adaptive weight.
-
-    A cosine series of the angle atan2(b, a). `like`: a network, of whose type it is. `elements`: of a sample; at the
-    start the loss is taken for that of a change of norm one, their mean square 1 / elements.
-    """
-
-    def __init__(self, like: nn.Module, elements: int):
-        super().__init__()
-        p = next(p for p in like.parameters() if p.is_floating_point())
-        self.series = nn.Parameter(torch.zeros(8, dtype=p.dtype, device=p.device))
-        nn.init.constant_(self.series[:1], -math.log(elements))
-
-    def forward(self, path: Path, t: Tensor) -> Tensor:
-        waves = 2 * torch.atan2(*path.ab(t)[::-1])[:, None] * torch.arange(8, device=t.device)
-        return waves.cos().to(self.series) @ self.series
 
 
 class SCM(Method):
@@ -48,13 +30,16 @@ class SCM(Method):
 
     sigma_data: deviation of the data as they come, 1 of latents; the levels and norm are in its units. mean, std: of
     log tan(tau). Published tau = atan(e^n / 0.5), n of mean -1 and deviation 1.4 (1.6 on ImageNet), of data scaled to
-    0.5: a mean of -1 + log 2 = -0.307. norm: published 0.1 of such data, 0.1 / 0.5 = 0.2. ramp: rounds of the warm-up,
-    published 10,000. velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT):
+    0.5: a mean of -1 + log 2 = -0.307. norm: published 0.1 of such data, 0.1 / 0.5 = 0.2; |g| is the root of a sum, as
+    in SANA-Sprint, where other code for this method has that of a mean. ramp: rounds of the warm-up, published 10,000.
+    velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT):
     cos(tau) z - sin(tau) x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned",
     "tan" without what is learned, or "one". difference: 0, derivatives in forward mode; or the step in unit time of
     central differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
-    angle alone and begins near its rest, so that in short runs other terms do not outweigh this one.
+    angle alone, begins near its rest, so that in short runs other terms do not outweigh this one, and has a rate of its
+    own: the eight numbers of its series are not moved by what moves a wide layer. Several steps are at the path's own
+    times (published: the second at tau = 1.1).
     Published settings: Adam with betas 0.9 and 0.99, 7e-5 for XL, batch 2048, no clipping.
     """
 
@@ -63,7 +48,7 @@ class SCM(Method):
     paper = "sCM, arXiv 2410.11081"
     passes = {"student": 2, "teacher": 2}
     max_steps = 4
-    defaults = {"lr": {"*": 7e-5}, "betas": {"*": [0.9, 0.99]}, "batch_size": 2048, "clip": 0.0}
+    defaults = {"lr": {"*": 7e-5, "weight": 1e-3}, "betas": {"*": [0.9, 0.99]}, "batch_size": 2048, "clip": 0.0}
 
     def __init__(
         self,
@@ -84,8 +69,9 @@ class SCM(Method):
             raise unknown("weight", weight, ("learned", "tan", "one"))
         self.student: nn.Module = parts.student
         self.teacher = parts.teacher
+        self.players = tuple(player for player in self.players if player != "weight" or weight == "learned")
         if "weight" in self.players:
-            self.weight = LogVariance(parts.student, math.prod(parts.shape))
+            self.weight = terms.LogVariance(parts.student, math.prod(parts.shape))
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
@@ -124,7 +110,8 @@ class SCM(Method):
                 dx = RADIAN * self.angles.join(batch.x0, batch.noise, t, "flow")
             else:
                 dx = self.speed(teacher, x, t, batch.cond)
-        old, g = (v / self.sigma_data for v in self.change(x, t, dx, cond, min(1.0, step / self.ramp)))
+        ramp = min(1.0, step / self.ramp) if self.ramp else 1.0
+        old, g = (v / self.sigma_data for v in self.change(x, t, dx, cond, ramp))
         length = g.double().flatten(1).norm(dim=1) + self.norm
         return self.speed(self.student, x, t, cond) / self.sigma_data - old - g / like(length, g), t
 
@@ -138,10 +125,11 @@ class SCM(Method):
     def turns(self, loss: Tensor, t: Tensor, **more: Tensor):
         """The student's turn, `more` its other terms, and that of the learned weight."""
         with torch.no_grad():
-            known = self.weight(self.angles, t) if self.scheme == "learned" else 0 * loss
+            known = self.weight(self.angles, t) if "weight" in self.players else 0 * loss
         yield Turn("student", {"change": ((-known).exp() * loss).mean(), **more})
-        known, loss = self.weight(self.angles, t), loss.detach()
-        yield Turn("weight", {"variance": ((-known).exp() * loss + known).mean()})
+        if "weight" in self.players:
+            known, loss = self.weight(self.angles, t), loss.detach()
+            yield Turn("weight", {"variance": ((-known).exp() * loss + known).mean()})
 
     def step(self, batch: Batch, step: int):
         yield from self.turns(*self.loss(batch, batch.cond, step, self.guide(self.teacher)))

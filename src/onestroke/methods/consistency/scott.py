@@ -33,16 +33,18 @@ class SCott(Method):
 
     grid: DDIM times, ours 50. substeps: of the solver between two of them, ours 2. eta: its noise, from 0 to 1, ours
     0.1: from a noise level r on, the mean has the deviation of a Gaussian N(m, s^2) shrink by about (s / r)^(eta^2), to
-    0.94 at r = 80 and s = 0.1. gan_weight: of the discriminator, ours 0.1. loss: of the GAN, published hinge; softplus
-    is the other. keep: of the average per round, published 0.95. distance: huber (per element, c = 0.001), l2 or l1.
+    0.94 at r = 80 and s = 0.1. gan_weight: of the discriminator, ours 0.1; 0 builds none. loss: of the GAN, published
+    hinge; softplus is the other. keep: of the average per round, published 0.95. distance: huber (per element, c =
+    0.001), l2 or l1.
     Ours: the numbers above, of which the paper's are not at hand; eta is the same in all steps, where the published
     noise is reduced in later ones; the discriminator is a head on each tapped layer of the frozen teacher, at a noised
     x0, where the published one is a copy of the UNet with adapters.
     """
 
-    players = ("student", "heads")
+    players: tuple[str, ...] = ("student", "heads")
     targets = ("slow",)
     needs = frozenset({"x0", "features"})
+    needs_if = {"gan_weight": "features"}
     paper = "SCott, arXiv 2403.01505"
     passes = {"student": 1, "slow": 1, "teacher": 7}
     max_steps = 8
@@ -60,11 +62,15 @@ class SCott(Method):
         distance: str = "huber",
     ):
         super().__init__(parts)
-        self.student, self.slow, self.heads = parts.student, parts.target(), parts.heads()
+        self.student, self.slow = parts.student, parts.target()
         self.teacher, self.path, self.guide = parts.teacher, parts.path, parts.guide
         self.grid, self.substeps, self.eta = times.strides(parts.path, grid), substeps, eta
         self.gan_weight, self.loss, self.keep = gan_weight, terms.checked_gan(loss), keep
         self.distance = terms.DISTANCES[terms.checked_distance(distance)]
+        if gan_weight:
+            self.heads = parts.heads()
+        else:
+            self.players = ("student",)
 
     def move(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, draw: Draws) -> Tensor:
         """The state (B, *D) at s, from x at t by the guided teacher's stochastic solver."""
@@ -87,10 +93,14 @@ class SCott(Method):
         with torch.no_grad():
             target = terms.endpoint(self.slow, self.path, self.move(xt, t, s, cond, draw), s, cond)
         x = self.student(xt, t, cond).x0
+        near = {"consistency": self.distance(x - target).mean()}
+        if not self.gan_weight:
+            yield Turn("student", near, follow={"slow": self.keep})
+            return
+
         with frozen(self.teacher, self.heads):
-            gan = self.gan_weight * terms.gan_student(self.judge(x, cond, draw), self.loss)
-            loss = {"consistency": self.distance(x - target).mean(), "gan": gan}
-            yield Turn("student", loss, follow={"slow": self.keep})
+            gan = terms.gan_student(self.judge(x, cond, draw), self.loss)
+            yield Turn("student", {**near, "gan": self.gan_weight * gan}, follow={"slow": self.keep})
 
         with frozen(self.teacher):
             logits = self.judge(real, cond, draw), self.judge(x.detach(), cond, draw)

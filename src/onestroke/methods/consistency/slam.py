@@ -61,5 +61,5 @@ class SLAM(Method):
             lower = euler(self.guide(self.teacher), self.path, x, t, s, cond)
             target = terms.endpoint(self.slow, self.path, lower, s, cond)
         x, now = self.between(x, t, lower, s, g)
-        error = self.student(x, now, cond).x0 - target
+        error = self.student(x, now.clamp_min(self.path.t_min), cond).x0 - target
         yield Turn("student", {"consistency": self.distance(error).mean()}, follow={"slow": self.keep})

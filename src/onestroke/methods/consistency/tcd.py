@@ -20,9 +20,9 @@ class TCD(Method):
     network that does not read where its jump ends cannot fit all ends at once, and from pure noise its x0 is too
     narrow: of a Gaussian of deviation 0.1 on EDM's path it has 0.056 at whole=0 and 0.088 at whole=0.9. keep: of the
     average per round, ours 0.95 (as in LCM). distance: l2, l1 or huber (see `terms.DISTANCES`).
-    It is sampled with the noise that the run's `renoise` says, or part of it: `FewStep.eta`, published 0.3. The saved
-    pipeline of a Stable Diffusion student takes these steps, but for the last, which leaves a trace of noise, with
-    diffusers' `TCDScheduler.from_config(pipeline.scheduler.config)` as its scheduler, called with `eta`.
+    A run samples it with the noise that its `renoise` says, all of it. With part of it, `FewStep.eta`, published 0.3,
+    the saved pipeline of a Stable Diffusion student takes these steps, but for the last, which leaves a trace of noise,
+    with diffusers' `TCDScheduler.from_config(pipeline.scheduler.config)` as its scheduler, called with `eta`.
     Ours: states are scaled to the variance-preserving path before they are compared; one guidance scale per run, 8 by
     default.
     Published settings: LoRA of large teachers.

@@ -11,7 +11,7 @@ from torch import Tensor
 from onestroke import terms, times
 from onestroke.denoiser import TwoTimes
 from onestroke.draws import Draws
-from onestroke.errors import InputError, unknown
+from onestroke.errors import unknown
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.paths import Cond, like
 from onestroke.sampling import FewStep
@@ -74,8 +74,7 @@ class TDM(Method):
         super().__init__(parts)
         if loss not in LOSSES:
             raise unknown("loss", loss, LOSSES)
-        if len(parts.few.times) > 1 and parts.few.renoise != "implied":
-            raise InputError(f"tdm's steps are deterministic, not renoise={parts.few.renoise!r}; set renoise=implied.")
+        parts.check_implied()
         self.student, self.fake, self.teacher = parts.student, parts.copy("fake"), parts.teacher
         if unify:
             self.fake = TwoTimes(self.fake, parts.shape, parts.null)

@@ -21,7 +21,7 @@ class Boot(Method):
     with the teacher's x0 at a_t y_t + b_t eps; y_s regresses that, squared error over delta^2. A boundary loss keeps y
     at the noise end at the teacher's x0 there. y_0 is the picture: the student without s, which is what is kept.
 
-    delta: of unit time, published 0.03 to 0.05. beta: weight of the boundary loss; ours 1.
+    delta: of unit time, ours 0.04; the paper's is not known to us. beta: weight of the boundary loss; ours 1.
     Ours: s is uniform and t = s + delta, but at most the noise end, so that every s is taught; eps is the teacher's own
     at the student's input, which is the noise where that has no signal: y is exact on every path; weight one at every
     time; s enters by the time embedding, in functions that vanish at s = 0. The run's guidance guides the teacher.

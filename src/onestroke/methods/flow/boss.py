@@ -65,8 +65,7 @@ class Boss(Method):
         super().__init__(parts)
         if knots not in KNOTS:
             raise InputError(f"knots={knots!r} must be one of {', '.join(KNOTS)}.")
-        if len(parts.few.times) > 1 and parts.few.renoise != "implied":
-            raise InputError("a student of DDIM steps needs renoise=implied.")
+        parts.check_implied()
         self.student, self.teacher, self.start = parts.student, parts.teacher, parts.few
         if search < 1:
             raise InputError(f"search={search} rounds must be at least 1; set knots=grid for none.")

@@ -16,7 +16,7 @@ class InstaFlow(Method):
     straighten: published 95,000 (70,000 of batch 64, 25,000 of batch 1024), then 39,500 of distillation; 0, ours: seven
     tenths of the run, and then a resumed run must keep its number of rounds.
     Ours: one run on one set of pairs. Published, distillation has pairs of its own, of the straightened student under
-    guidance 1.5, and ends with LPIPS: for that run `rectified-flow`, then `kd` on its folder.
+    guidance 1.5, and ends with LPIPS: run `rectified-flow`, then `kd` on its folder, whose distance is the square.
     """
 
     players = ("student",)
@@ -29,6 +29,7 @@ class InstaFlow(Method):
         super().__init__(parts)
         self.student, self.teacher, self.few, self.path = parts.student, parts.teacher, parts.few, parts.path
         self.straighten = straighten or 7 * parts.rounds // 10
+        self.phases = (self.straighten,)
 
     def step(self, batch: Batch, step: int):
         assert batch.pairs is not None

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from onestroke import terms, times
-from onestroke.errors import InputError
 from onestroke.method import Batch, Method, Parts, Turn, follow
 from onestroke.paths import like
 
@@ -14,13 +13,14 @@ from onestroke.paths import like
 class Progressive(Method):
     """Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", arXiv 2202.00512.
 
-    Algorithm 2. At a time t of N equally spaced ones, two DDIM steps of the teacher, each half as long, end at the next
-    time; the student regresses the x0 and eps with which one DDIM step ends there, under max(SNR, 1), the larger of
-    both errors. After `stage_steps` rounds the student becomes the teacher and N halves, down to the student's own
-    number of steps, which is trained until the run ends.
+    Algorithm 2. At a time t of N, two DDIM steps of the teacher, each half as long, end at the next time; the student
+    regresses the x0 and eps with which one DDIM step ends there, under max(SNR, 1), the larger of both errors. After
+    `stage_steps` rounds the student becomes the teacher and N halves, down to the student's own number of steps, which
+    is trained until the run ends. The times of all stages are those of one grid, equally spaced between the student's
+    own calls: each is a time that the stage before has learned, whatever the teacher's own are.
 
-    start: the N of the first stage; ours 128, what a table of 1,000 times allows (published 4,096, of a teacher of
-    8,192 steps on a continuous path). stage_steps: published 50,000; 0, ours: the run in equal parts, and then a
+    start: the N of the first stage; ours 128 (published 4,096, of a teacher of 8,192 steps on a continuous path; a
+    table of 1,000 times allows 256). stage_steps: published 50,000; 0, ours: the run in equal parts, and then a
     resumed run must keep its number of rounds.
     Ours: the run's guidance guides the first teacher and is built in from then on; optimiser and learning rate go on
     from stage to stage (published: both start anew), and so does the average (published: none).
@@ -39,17 +39,13 @@ class Progressive(Method):
         super().__init__(parts)
         self.student: nn.Module = parts.student
         self.last, self.teacher = parts.target(), parts.teacher
-        self.path, self.guide, final = parts.path, parts.guide, len(parts.few.times)
-        if final > 1 and parts.few.renoise != "implied":
-            raise InputError("a student of DDIM steps needs renoise=implied.")
-        self.stages = times.halvings(final, start=start)
+        self.path, self.guide = parts.path, parts.guide
+        parts.check_implied()
+        self.stages = times.halvings(len(parts.few.times), start=start)
         self.stage_steps = stage_steps or max(1, parts.rounds // len(self.stages))
-        self.phases = (self.stage_steps,)
-        if (
-            len(set(parts.path.snap(torch.tensor(parts.path.grid(2 * start), dtype=torch.float64)).tolist()))
-            < 2 * start
-        ):
-            raise InputError(f"start={start} has more steps than the teacher has times.")
+        begins = self.stage_steps * (len(self.stages) - 1)
+        self.phases = (self.stage_steps, begins) if begins else ()
+        self.grid = times.cut(parts.path, (0.0, *reversed(parts.few.times)), 2 * start)
 
     def step(self, batch: Batch, step: int):
         stage = min(step // self.stage_steps, len(self.stages) - 1)
@@ -61,10 +57,9 @@ class Progressive(Method):
         """The student's turn with this number of steps, two of `teacher`'s for each."""
         assert batch.x0 is not None
         path, cond = self.path, batch.cond
-        grid = torch.tensor((*path.grid(steps), 0.0), dtype=torch.float64, device=batch.noise.device)
-        i = (batch.draw.uniform() * steps).long()
-        t, s = grid[i], grid[i + 1]
-        half = path.snap((t + s) / 2)
+        grid, part = self.grid.to(batch.noise.device), (len(self.grid) - 1) // (2 * steps)
+        k = 2 * part * (steps - (batch.draw.uniform() * steps).long())
+        t, half, s = grid[k], grid[k - part], grid[k - 2 * part]
         x = path.mix(batch.x0, batch.noise, t)
         with torch.no_grad():
             one = teacher(x, t, cond)

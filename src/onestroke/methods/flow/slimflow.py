@@ -34,7 +34,7 @@ class SlimFlow(Method):
     targets = ("straight",)
     needs = frozenset({"pairs"})
     paper = "SlimFlow, arXiv 2407.12718"
-    passes = {"student": 1}
+    passes = {"student": 2, "straight": 2}
     defaults = {"lr": {"student": 2e-4}, "batch_size": 128}
 
     def __init__(

@@ -8,7 +8,6 @@ import torch
 
 from onestroke import terms
 from onestroke.denoiser import Halves, no_halves
-from onestroke.errors import InputError
 from onestroke.method import Batch, Parts, Turn
 from onestroke.methods.distribution.swiftbrush import SwiftBrush
 
@@ -50,8 +49,7 @@ class TiUE(SwiftBrush):
         super().__init__(parts, lo, hi, null_rate, alpha_power, sigma_power, guide_fake)
         if not isinstance(parts.student, Halves):
             raise no_halves(type(parts.student).__name__)
-        if len(parts.few.times) > 1 and parts.few.renoise != "implied":
-            raise InputError(f"tiue's steps are those of DDIM, not renoise={parts.few.renoise!r}; set renoise=implied.")
+        parts.check_implied()
         self.few, self.kl_weight = replace(parts.few, encoder="once"), kl_weight
 
     def step(self, batch: Batch, step: int):

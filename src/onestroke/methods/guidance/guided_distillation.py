@@ -58,7 +58,7 @@ class GuidedDistillation(Progressive):
         self.scale, self.spread, self.embed = parts.guidance_scale, spread, embed
         self.stage_steps = stage_steps or max(1, parts.rounds // (len(self.stages) + 1))
         self.guide_steps = guide_steps or self.stage_steps
-        self.phases = (self.guide_steps,)
+        self.phases = (self.guide_steps, self.guide_steps + self.stage_steps * (len(self.stages) - 1))
 
     def step(self, batch: Batch, step: int):
         side, scale = guidances(batch.draw, self.scale, self.spread)

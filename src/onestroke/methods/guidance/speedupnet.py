@@ -39,7 +39,7 @@ class SpeedUpNet(Method):
     needs = frozenset({"x0", "branch"})
     needs_if = {"branch": "branch"}
     paper = "SpeedUpNet, arXiv 2312.08887"
-    passes = {"student": 1, "teacher": 2}
+    passes = {"student": 2, "teacher": 4}
     max_steps = 8
     defaults = {
         "student_steps": 4,
@@ -62,8 +62,9 @@ class SpeedUpNet(Method):
         super().__init__(parts)
         if min(pieces, hops) < 1:
             raise InputError(f"pieces={pieces} and hops={hops} must be at least 1.")
-        if len(parts.few.times) > 1 and parts.few.renoise != "implied":
-            raise InputError("a student of DDIM steps needs renoise=implied.")
+        if not 0 <= others <= 1:
+            raise InputError(f"others={others} is a part of the rows: it must lie in [0, 1].")
+        parts.check_implied()
         self.teacher, self.path, self.scale = parts.teacher, parts.path, parts.guidance_scale
         self.null = parts.prompts([negative]) if negative else parts.null
         made = branched(parts.teacher, self.null, self.scale) if branch else None
