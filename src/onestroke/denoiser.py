@@ -350,7 +350,12 @@ class Told(NamedTuple):
 
 
 def told_around(scale: float, spread: float) -> Told | None:
-    """What `guidances` of this scale and spread tell; None where they are all one."""
+    """What `guidances` of this scale and spread tell; None where they are all one.
+
+    Raises InputError for a spread outside [0, 1]: guidance less 1 would change its sign.
+    """
+    if not 0 <= spread <= 1:
+        raise InputError(f"spread={spread} must lie in [0, 1].")
     slope = (scale - 1) * spread
     return Told(scale, slope, abs(slope)) if slope else None
 

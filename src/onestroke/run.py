@@ -109,7 +109,9 @@ def plan_run(
         raise InputError(f"method {method!r} trains at most {cls.max_steps} step(s), not {settings.student_steps}.")
     if settings.renoise == "fixed" and settings.student_steps > 1:
         raise InputError("renoise='fixed' has no standard diffusers scheduler; use fresh or implied.")
-    needs = cls.needs_of({**options(cls), **chosen})
+    every = {**options(cls), **chosen}
+    needs = cls.needs_of(every)
+    check_options(every)
     if "x0" in needs and pictures is None:
         raise InputError(f"method {method!r} needs real images with captions; give them by --images.")
     if "times" in needs and settings.students > 1 and settings.student_steps > 1:
@@ -136,11 +138,18 @@ def plan_run(
         check_guide(settings, needs)
     if settings.guidance_scale == 1 and (cls.target == "guided" or "branch" in cls.needs):
         raise InputError(f"method {method!r} distils guidance, and guidance_scale=1 is none; set one above 1.")
-    if below := next((key for key, value in chosen.items() if type(value) is int and value < 0), None):
-        raise InputError(f"{below}={chosen[below]} counts something; it must not be negative.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
     return Recipe(teacher, method, len(prompts), digest, asdict(settings), chosen, images), settings, chosen
+
+
+def check_options(every: Mapping[str, Any]) -> None:
+    """Refuse what no method's options can be: negative numbers of things, an empty span of times. Raises InputError."""
+    for name, value in every.items():
+        if type(value) is int and value < 0:
+            raise InputError(f"{name}={value} counts something; it must not be negative.")
+    if {"lo", "hi"} <= every.keys() and not 0 <= every["lo"] < every["hi"] <= 1:
+        raise InputError(f"lo={every['lo']} and hi={every['hi']} must lie in [0, 1], lo below hi.")
 
 
 def check_ways(run: Settings) -> None:

@@ -72,6 +72,9 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("agd", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
         ("speedupnet", {"others": 7.0}, "others=7.0"),
         ("ict", {"stage_steps": -5}, "stage_steps=-5 counts something"),
+        ("rectified-flow", {"lo": 0.9, "hi": 0.1}, "lo=0.9 and hi=0.1 must lie in [0, 1], lo below hi"),
+        ("lcm", {"spread": 3.0, "embed": False}, "spread=3.0 must lie in [0, 1]"),
+        ("guided-distillation", {"spread": -0.5}, "spread=-0.5 must lie in [0, 1]"),
     ],
 )
 def test_what_a_method_refuses(refused, method, given, says):

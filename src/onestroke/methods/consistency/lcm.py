@@ -46,7 +46,8 @@ class LCM(Method):
     ):
         super().__init__(parts)
         self.student = TwoTimes(parts.student, parts.shape, parts.null) if embed else parts.student
-        self.guidance = told_around(parts.guidance_scale, spread) if embed else None
+        told = told_around(parts.guidance_scale, spread)
+        self.guidance = told if embed else None
         self.slow, self.teacher = parts.target(self.student), parts.teacher
         self.path, self.guide, self.scale = parts.path, parts.guide, parts.guidance_scale
         self.grid, self.spread, self.embed, self.keep = times.strides(parts.path, grid), spread, embed, keep

@@ -51,10 +51,10 @@ class GuidedDistillation(Progressive):
         embed: bool = True,
     ):
         super().__init__(parts, start, stage_steps)
+        told = told_around(parts.guidance_scale, spread)
         if embed:
             self.student = TwoTimes(parts.student, parts.shape, parts.null)
-            self.last = parts.target(self.student)
-            self.guidance = told_around(parts.guidance_scale, spread)
+            self.last, self.guidance = parts.target(self.student), told
         self.scale, self.spread, self.embed = parts.guidance_scale, spread, embed
         self.stage_steps = stage_steps or max(1, parts.rounds // (len(self.stages) + 1))
         self.guide_steps = guide_steps or self.stage_steps
