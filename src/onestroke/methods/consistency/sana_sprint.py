@@ -25,8 +25,8 @@ class SanaSprint(SCM):
     gan_std: of the noise its samples are judged at, published -0.6 (-0.6 + log 2 = 0.093) and 1. loss: of the GAN,
     published hinge. spread: half the range of guidance, published 0.5 around 4.5; there is none without guidance or
     with the velocity of the data. misaligned: whether real data under the prompt of another row is one more thing that
-    the heads must tell from it; true in the released settings of 1.6B. ramp: rounds of the warm-up, published 4,000
-    batches, of which every other one trains the heads.
+    the heads must tell from it, in batches of two or more; true in the released settings of 1.6B. ramp: rounds of the
+    warm-up, published 4,000 batches, of which every other one trains the heads.
     sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that its pipeline draws under the run's
     (see `lcm`); the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read
@@ -97,7 +97,7 @@ class SanaSprint(SCM):
         t = self.level(draw, self.path, *self.gan_level)
         with frozen(self.teacher):
             true, fake = self.judge(real, cond, t, draw), self.judge(x.detach(), cond, t, draw)
-            if self.misaligned:
+            if self.misaligned and len(real) > 1:  # one row has no other's prompt
                 t = self.level(draw, self.path, *self.gan_level)
                 fake = torch.cat([fake, self.judge(real.roll(1, 0), cond, t, draw)])
             yield Turn("heads", {"gan": 0.5 * terms.gan_critic(true, fake, self.kind)})

@@ -14,7 +14,7 @@ class SwiftBrushV2(SwiftBrush):
 
     lo, hi, null_rate, alpha_power, sigma_power, guide_fake: those of SwiftBrush. reward_weight: w of the first round,
     published 0.1. threshold: published 0.35, for CLIP ViT-B/32; other rewards have other scales.
-    Ours: w falls linearly (the paper does not say how).
+    Ours: w falls linearly (the paper does not say how), and a resumed run must keep its number of rounds.
     Published settings (SD-Turbo, learning from SD 2.1): a LoRA student of rank 256, a LoRA fake of rank 64, Adam 1e-6
     and 1e-3, guidance 4.5. The paper then merges this student half and half with one of SwiftBrush that was trained in
     full and without the reward: `onestroke.merge`.
