@@ -119,6 +119,38 @@ def test_diffusers_third_order_is_of_second():
         assert order(solvers, Bench(), "plain", "level", 64, 256) / 2 == pytest.approx(2.05, abs=0.15)
 
 
+def plain_unipc(p, n=192):
+    """UniP-p: the predictor alone, at every step."""
+    return dict(solver_order=p, lower_order_final=False, disable_corrector=list(range(n)))
+
+
+REST = {
+    "dpm2": ("DPMSolverSinglestepScheduler", solvers._DPM | dict(solver_order=2, algorithm_type="dpmsolver"), 2.01),
+    "dpm3": ("DPMSolverSinglestepScheduler", solvers._DPM | dict(solver_order=3, algorithm_type="dpmsolver"), 3.03),
+    "dpm++2m heun": ("DPMSolverMultistepScheduler", solvers._DPM | dict(solver_order=2, solver_type="heun"), 1.99),
+    "unip1": ("UniPCMultistepScheduler", plain_unipc(1), 0.99),
+    "unip2": ("UniPCMultistepScheduler", plain_unipc(2), 1.99),
+    "unip3": ("UniPCMultistepScheduler", plain_unipc(3), 3.2),
+    "unipc1": ("UniPCMultistepScheduler", dict(solver_order=1, lower_order_final=False), 2.0),
+}
+"""The other rows of section 7 that diffusers has, set to our noise levels as SOLVERS are: nobody needs them by name."""
+
+
+@pytest.mark.filterwarnings("ignore:.*algorithm_type.*dpmsolver.*:FutureWarning")
+@pytest.mark.parametrize("name", REST)
+def test_the_order_of_the_other_rows(name):
+    scheduler, config, want = REST[name]
+    with mock.patch.dict(SOLVERS, {name: solvers.Solver("vp", solvers._by_levels(scheduler, **config))}):
+        assert order(solvers, Bench(), name, "level", 48, 192) / 2 == pytest.approx(want, abs=0.2)
+
+
+def test_deis_of_one_point_is_ddim():
+    x = tensor([1.3], [-0.4])
+    with mock.patch.dict(SOLVERS, {"deis-tab1": solvers.Solver("ve", solvers._tab_deis(1))}):
+        one, two = (trajectory(gauss(VP()), VP(), x, levels(VP(), 8), labels(2), n) for n in ("deis-tab1", "ddim"))
+    close(torch.stack(one), torch.stack(two), 0, 1e-6)  # diffusers rounds DDIM's states to float32
+
+
 def test_first_order_solvers_are_one():
     """A step of DDIM, of Euler on b / a and of Euler on the straight path's velocity is the same map."""
     path, x = VP(), torch.randn(6, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
