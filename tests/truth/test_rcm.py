@@ -43,8 +43,9 @@ def test_guided_the_mean_is_w_m(name):
 
 
 def moves_along_g(cls, name="vp", t=0.4, steps=(0, 1, 500, 1000, 3000), **options):
-    """By hand on N(M, S^2): r = min(1, step / 1000), g = -cos sqrt(1 - r^2 sin^2) (F - teacher) - r (sin cos x +
-    sin cos dF/dtau), and dL/dF = -2 * 100 g / (|g| + 0.1) / B, with F = (cos x - x0) / sin."""
+    """By hand on N(M, S^2): r = min(1, step / 1000), g = -cos sqrt(1 - r^2 sin^2) (F - teacher) - sin cos (r x +
+    dF/dtau), where r may multiply dF/dtau too, and dL/dF = -2 * 100 g / (|g| + 0.1) / B, with F = (cos x - x0) / sin.
+    """
     path, found = make_path(name), checks.batch()
     a, b = (c.item() for c in path.ab(tensor(t)))
     cos, sin = a / math.hypot(a, b), b / math.hypot(a, b)
@@ -58,19 +59,21 @@ def moves_along_g(cls, name="vp", t=0.4, steps=(0, 1, 500, 1000, 3000), **option
         student = Slope(path)
         got = pull(made(cls, path, student, **options), student, t, step, found)
         r = min(1, step / 1000)
-        g = -cos * math.sqrt(1 - r**2 * sin**2) * (f - dx) - r * sin * cos * (x + df)
+        later = r if options.get("warm") == "all" else 1
+        g = -cos * math.sqrt(1 - r**2 * sin**2) * (f - dx) - sin * cos * (r * x + later * df)
         g = g / (g.square().sum(1, keepdim=True).sqrt() + 0.1)
         close(got, 200 * g / 4 / sin)
 
 
 @each
-def test_f_moves_along_g(name):
-    moves_along_g(RCM, name)
+@pytest.mark.parametrize("warm", ["x", "all"])
+def test_f_moves_along_g(name, warm):
+    moves_along_g(RCM, name, warm=warm)
 
 
 @each
 def test_after_the_warm_up_g_is_that_of_scm(name):
-    """And before it is another."""
+    """And before it is another; at its beginning the teacher is at rest, unless the derivative counts at once."""
     path, (x, dx) = make_path(name), torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(2), dtype=F64)
     t = tensor(0.1, 0.3, 0.6, 0.9)
     one, other = (made(cls, path, Slope(path)) for cls in (RCM, SCM))
@@ -78,7 +81,11 @@ def test_after_the_warm_up_g_is_that_of_scm(name):
         (f, g), (f_, g_) = (m.change(x, t, dx, {}, ramp) for m in (one, other))
         close(f, f_)
         assert ((g - g_).abs().max() < 1e-12) == (ramp == 1)
-    close(one.change(x, t, dx, {}, 0.0)[1], -(t * math.pi / 2).cos()[:, None] * (f - dx))
+    cos, sin = (t * math.pi / 2).cos()[:, None], (t * math.pi / 2).sin()[:, None]
+    first = made(RCM, path, Slope(path), warm="all")
+    close(first.change(x, t, dx, {}, 0.0)[1], -cos * (f - dx))
+    turned = -cos * cos * (f - dx) - other.change(x, t, dx, {}, 1.0)[1] - sin * cos * x  # sin cos dF/dtau
+    close(one.change(x, t, dx, {}, 0.0)[1], -cos * (f - dx) - turned)
 
 
 def each_row(batch):
@@ -213,6 +220,8 @@ MUTANTS = [
     ("1 - (ramp * sin) ** 2", "1 - sin**2", moves_along_g),
     ("1 - (ramp * sin) ** 2", "1 - ramp * sin**2", moves_along_g),
     ("(1 - (ramp * sin) ** 2).sqrt()", "1 - (ramp * sin) ** 2", moves_along_g),
+    ('ramp if self.warm == "all" else 1.0', "ramp", moves_along_g),
+    ('ramp if self.warm == "all" else 1.0', "1.0", lambda cls: moves_along_g(cls, warm="all")),
     ("ramp: int = 1_000", "ramp: int = 10_000", moves_along_g),
     ("norm: float = 0.1", "norm: float = 0.2", moves_along_g),
     ("scale: float = 100.0", "scale: float = 1.0", the_loss_is_a_sum),

@@ -350,11 +350,11 @@ def drawn(module):
 
 
 MUTANTS = [
-    ("-cos * self.held", "cos * self.held", along),
-    ("return cos\n", "return cos**2\n", along),
-    ("- ramp * (cos", "+ ramp * (cos", along),
-    ("(cos * sin * x + df)", "(cos * sin * x)", along),
-    ("(cos * sin * x + df)", "(cos * x + df)", along),
+    ("-cos * held", "cos * held", along),
+    ("return cos, ramp", "return cos**2, ramp", along),
+    ("- ramp * cos", "+ ramp * cos", along),
+    ("- turned * df", "", along),
+    ("cos * sin * x - turned", "cos * x - turned", along),
     ("cos * sin * dx, (cos * sin).reshape(-1) * RADIAN", "sin * dx, (cos * sin).reshape(-1) * RADIAN", along),
     (".reshape(-1) * RADIAN", ".reshape(-1)", along),
     ("min(1.0, step / self.ramp)", "1.0", along),
@@ -362,7 +362,7 @@ MUTANTS = [
     ("norm: float = 0.2", "norm: float = 0.1", along),
     ("- old - g /", "- old + g /", along),
     ("- old - g /", "- old + g /", learns),
-    ("- ramp * (cos", "+ ramp * (cos", learns),
+    ("- ramp * cos", "+ ramp * cos", learns),
     ("else a / b", "else b / a", along),
     ("RADIAN * OnPath", "OnPath", along),
     ("cond) / self.sigma_data - old", "cond) - old", half),

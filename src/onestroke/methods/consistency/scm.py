@@ -89,16 +89,17 @@ class SCM(Method):
         """A field at x (B, *D) and t (B,), and how it changes along (dx, dt)."""
         return self.tangent(field, x, t, dx, dt)
 
-    def held(self, cos: Tensor, sin: Tensor, ramp: float) -> Tensor:
-        """What holds the student to the teacher, beside cos(tau)."""
-        return cos
+    def shares(self, cos: Tensor, sin: Tensor, ramp: float) -> tuple[Tensor, float]:
+        """What g has of the teacher, beside cos(tau), and of the derivative."""
+        return cos, ramp
 
     def change(self, x: Tensor, t: Tensor, dx: Tensor, cond: Cond, ramp: float) -> tuple[Tensor, Tensor]:
         """sigma_data F and g (B, *D) at x, where a trajectory goes through with dx/dtau."""
         cos, sin = (like(c, x) for c in Trig().ab(t))
         along = cos * sin * dx, (cos * sin).reshape(-1) * RADIAN
         f, df = self.derivative(lambda x, t: self.speed(self.student, x, t, cond), x, t, *along)
-        return f, -cos * self.held(cos, sin, ramp) * (f - dx) - ramp * (cos * sin * x + df)
+        held, turned = self.shares(cos, sin, ramp)
+        return f, -cos * held * (f - dx) - ramp * cos * sin * x - turned * df
 
     def error(self, batch: Batch, cond: Cond, step: int, teacher: nn.Module) -> tuple[Tensor, Tensor]:
         """What F (B, *D) lacks of where g moves it, and the times (B,) of the path of angles."""
