@@ -20,14 +20,14 @@ from onestroke.denoiser import guidance_at, sides
 from onestroke.errors import InputError, read_json
 from onestroke.guidance import AdaptiveGuided, fit_linear
 from onestroke.method import Pairs, Parts
-from onestroke.paths import Cond
+from onestroke.paths import Cond, coarse
 from onestroke.settings import Settings
 from onestroke.solvers import solve, way
 from onestroke.training.progress import Progress
 
 INDEX = "pairs.json"
 FILES = "files_sha256"
-"""In it, of the files of the teacher's weights, where there are any: what is known before they are loaded."""
+"""In it, of the teacher's files, where there are any: what is known before they are loaded."""
 SHARD = 1024
 """Pairs per file."""
 WAYS = 64
@@ -61,7 +61,7 @@ def about_pairs(prompts_sha256: str, run: Settings, ways: bool = False, spread: 
 
 def check_pairs(folder: Path, about: Mapping[str, Any], files: str = "") -> None:
     """Refuse a folder whose pairs were made otherwise, by another teacher, or without their ways where these are asked
-    for; one without pairs will do. files: what `weights_sha256` says of the teacher's folder. Raises InputError."""
+    for; one without pairs will do. files: what `files_sha256` says of the teacher. Raises InputError."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder of pairs, or a new one for them.")
     if not (folder / INDEX).is_file():
@@ -89,11 +89,9 @@ def fingerprint(parts: Parts) -> str:
     What is computed, and differs in its last bits from machine to machine, is read coarsely: the path to 6 decimals, of
     the condition its shapes and the first digits of its norms.
     """
-    schedule = torch.stack(parts.path.ab(torch.linspace(parts.path.t_min, parts.path.t_max, 64, dtype=torch.float64)))
     null = {k: [list(v.shape), f"{v.double().norm():.2e}"] for k, v in sorted(parts.null.items())}
     digest = hashlib.sha256(json.dumps(null).encode())
-    coarse = {"schedule": (schedule * 1e6).round().to(torch.int64)}
-    for name, tensor in {**coarse, **parts.teacher.state_dict()}.items():
+    for name, tensor in {"schedule": coarse(parts.path), **parts.teacher.state_dict()}.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

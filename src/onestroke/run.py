@@ -136,7 +136,7 @@ def plan_run(
         check_ways(settings)
     if settings.guide != "full":
         check_guide(settings, needs)
-    if settings.guidance_scale == 1 and (cls.target == "guided" or "branch" in cls.needs):
+    if settings.guidance_scale == 1 and cls.target.startswith("guided"):
         raise InputError(f"method {method!r} distils guidance, and guidance_scale=1 is none; set one above 1.")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     images = None if pictures is None else pictures.sha256
@@ -361,12 +361,12 @@ def distill(
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs, spread)
     source = teacher if hasattr(teacher, "net") else locate(teacher)
     from onestroke.solvers import stops
-    from onestroke.teachers.pipeline import hollow_network, inspect_folder, schedule_in, weights_sha256
+    from onestroke.teachers.pipeline import files_sha256, hollow_network, inspect_folder, schedule_in
 
     files = ""
     if isinstance(source, Path):
         inspect_folder(source)
-        files = weights_sha256(source) if needs & {"pairs", "ways"} else ""
+        files = files_sha256(source) if needs & {"pairs", "ways"} else ""
         check_network(source, needs)
         if "steering" in needs:
             from onestroke.teachers.nasa import check_steerable

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import onestroke.teachers
 from onestroke import InputError, distill
 from onestroke.methods import METHODS, get_method
-from onestroke.teachers.pipeline import weights_sha256
+from onestroke.teachers.pipeline import files_sha256
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -69,6 +69,7 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("instaflow", {"straighten": 95_000, "steps": 1000}, "begins after 95000 rounds"),
         ("speedupnet", {"guide_steps": 5000, "steps": 1000}, "begins after 5000 rounds"),
         ("speedupnet", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
+        ("guided-distillation", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
         ("agd", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
         ("speedupnet", {"others": 7.0}, "others=7.0"),
         ("ict", {"stage_steps": -5}, "stage_steps=-5 counts something"),
@@ -98,20 +99,26 @@ def test_a_prediction_that_is_singular(refused, pipeline_folder, tmp_path):
 
 
 def test_pairs_of_another_teacher(refused, pipeline_folder, prompt_file, tmp_path, monkeypatch, unloaded):
-    """Told by the files of the weights, in whatever pieces they lie; the same ones elsewhere are the same teacher."""
+    """Told by its files: the network's, in whatever pieces they lie, the text encoder's and the noise levels; the same
+    ones elsewhere are the same teacher."""
     monkeypatch.undo()
     distill(str(pipeline_folder), method="kd", out=tmp_path / "run", prompts=prompt_file, steps=1, batch_size=2)
     unloaded()
-    other, same = tmp_path / "other", tmp_path / "same"
-    for folder in (other, same):
+    others = other, reads, noise = [tmp_path / name for name in ("other", "reads", "noise")]
+    same = tmp_path / "same"
+    for folder in (*others, same):
         shutil.copytree(pipeline_folder, folder)
+    encoder, schedule = reads / "text_encoder" / "model.safetensors", noise / "scheduler" / "scheduler_config.json"
+    save_file({k: v + 1 for k, v in load_file(encoder).items()}, encoder, {"format": "pt"})
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.013}))
     weights = load_file(other / UNET)
     save_file({k: v + 1 for k, v in weights.items()}, other / UNET, {"format": "pt"})
     (same / UNET).unlink()
     for k, part in enumerate((dict(list(weights.items())[:5]), dict(list(weights.items())[5:]))):
         save_file(part, same / "unet" / f"{k}.safetensors", {"format": "pt"})
-    assert weights_sha256(same) == weights_sha256(pipeline_folder)
-    refused("kd", "holds the pairs of another teacher; give another --pairs", other, pairs=tmp_path / "run" / "pairs")
+    assert files_sha256(same) == files_sha256(pipeline_folder)
+    for folder in others:
+        refused("kd", "holds the pairs of another teacher; give another", folder, pairs=tmp_path / "run" / "pairs")
 
 
 def test_a_run_that_is_cut_by_its_rounds(pipeline_folder, tmp_path, monkeypatch, unloaded):

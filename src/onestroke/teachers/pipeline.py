@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onestroke.denoiser import as_wide
 from onestroke.errors import InputError, read_json
-from onestroke.paths import Cond, Flow, Prediction, Table
+from onestroke.paths import Cond, Flow, Prediction, Table, coarse
 from onestroke.sampling import FewStep
 from onestroke.teachers.cache import cached, digest_of
 from onestroke.teachers.calls import FLOW_KEYS, Caller, clock, padded
@@ -219,18 +219,20 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 of the tensors of a pipeline's network by name, however many files they lie in; nothing is built."""
-    part, _ = network_of(folder)
-    files: dict[str, Any] = {}
-    for file in sorted((folder / part).glob("*.safetensors")):
-        tensors = safe_open(file, framework="pt")
-        files |= dict.fromkeys(tensors.keys(), tensors)
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        tensor = files[name].get_tensor(name)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+def files_sha256(folder: Path) -> str:
+    """sha256 of a teacher: its path, the tensors of its network by name, and the first rows of those of its text
+    encoders, which may be many times as large. However many files they lie in; nothing is built."""
+    digest, network = hashlib.sha256(coarse(schedule_in(folder)[0]).numpy().data), network_of(folder)[0]
+    for part in (network, *sorted(p.name for p in folder.glob("text_encoder*"))):
+        files: dict[str, Any] = {}
+        for file in sorted((folder / part).glob("*.safetensors")):
+            tensors = safe_open(file, framework="pt")
+            files |= dict.fromkeys(tensors.keys(), tensors)
+        for name in sorted(files):
+            rows = files[name].get_slice(name)
+            tensor = rows[:1] if part != network and rows.get_shape() else files[name].get_tensor(name)
+            digest.update(f"{part} {name} {rows.get_shape()} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
