@@ -39,16 +39,18 @@ def draw_all(draw, prompts: list[str]) -> tuple[Tensor, float]:
 def samplers(teacher: PipelineTeacher, student: Student, guidance_scale: float) -> dict[str, Any]:
     """The three columns of the sheet: (prompts, seed) -> images (N, 3, H, W), from the same noise."""
 
-    def from_teacher(steps: int, scale: float):
-        return lambda prompts, seed: teacher.draw(
-            SeededNoise(len(prompts), seed).normal(teacher.shape), prompts, steps, scale
-        )
-
     return {
-        f"teacher, {TEACHER_STEPS} steps": from_teacher(TEACHER_STEPS, guidance_scale),
-        "teacher, 1 step": from_teacher(1, 1.0),
+        f"teacher, {TEACHER_STEPS} steps": from_teacher(teacher, TEACHER_STEPS, guidance_scale),
+        "teacher, 1 step": from_teacher(teacher, 1, 1.0),
         "student, 1 step": from_student(student),
     }
+
+
+def from_teacher(teacher: PipelineTeacher, steps: int, scale: float):
+    """(prompts, seed) -> images (N, 3, H, W), in so many of the teacher's own steps under guidance."""
+    return lambda prompts, seed: teacher.draw(
+        SeededNoise(len(prompts), seed).normal(teacher.shape), prompts, steps, scale
+    )
 
 
 def from_student(student: Student, steps: int | None = None):

@@ -11,11 +11,13 @@ from torch import nn
 
 from contract.build import small_net
 from families import FAMILIES
+from onestroke import tangent as source
 from onestroke.denoiser import OnPath, TwoTimes, tapped
 from onestroke.errors import InputError, Notice
 from onestroke.paths import Flow
 from onestroke.tangent import STEPS, Tangent, difference
 from truth.checks import F64, close, make_path, tensor
+from truth.test_mutants import broken
 
 T, STEP = 0.5, 2**-12
 """Times this far apart are exact in float32, in which networks read them."""
@@ -117,14 +119,14 @@ def test_a_network_without_forward_mode_is_differenced_and_it_is_said_once():
     assert (want - slope).abs().max() < 1e-6 * want.abs().max()
 
 
-def test_both_ways_agree():
+def both_ways_agree(module):
     *call, _ = case()
-    (value, slope), (same, other) = Tangent()(*call), Tangent(1e-6)(*call)
+    (value, slope), (same, other) = module.Tangent()(*call), module.Tangent(1e-6)(*call)
     assert torch.equal(value, same)
     assert (slope - other).abs().max() < 1e-8 * slope.abs().max()
 
 
-def test_the_difference_stays_inside_unit_time():
+def stays_inside_unit_time(module):
     """Within a step of an end it is a smaller one, and as central as elsewhere."""
     seen = []
 
@@ -133,21 +135,20 @@ def test_the_difference_stays_inside_unit_time():
         return x * t[:, None] ** 3
 
     x, t = torch.ones(4, 1, dtype=F64), tensor(1e-4, 0.3, 1 - 1e-4, 1 - 1e-7)
-    slope = difference(field, x, t, 0 * x, torch.ones(4, dtype=F64), step=1e-2)
+    slope = module.difference(field, x, t, 0 * x, torch.ones(4, dtype=F64), step=1e-2)
     assert torch.stack(seen).min() > 0
     assert torch.stack(seen).max() < 1
     close(slope[:, 0], 3 * t**2, rtol=1e-3, atol=1e-8)
 
 
-def test_half_precision_takes_a_step_it_can_see():
+def takes_the_step_of_the_precision(module):
     *call, _ = case()
-    x = call[1].float()
     for dtype, step in STEPS.items():
         seen = []
         field = lambda x, t, seen=seen: seen.append(t) or x  # noqa: E731
         x, t = call[1].to(F64 if dtype == F64 else torch.float32), torch.full((5,), 0.5, dtype=F64)
         with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            difference(field, x, t, 0 * x, torch.ones_like(t))
+            module.difference(field, x, t, 0 * x, torch.ones_like(t))
         close(seen[0] - seen[1], torch.full((5,), 2 * step, dtype=F64), rtol=1e-6)
 
 
@@ -157,6 +158,49 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.warns(Notice), pytest.raises(RuntimeError, match="mat1 and mat2"):
         Tangent()(field, torch.ones(2, 3), tensor(0.5, 0.5), torch.ones(2, 3), tensor(1.0, 1.0))
+
+
+def overlaps(module):
+    """The view's times are those at which the path has noise levels, and never its own ends."""
+    for path in (make_path("vp"), make_path("table"), Flow(t_min=1e-6)):
+        view = module.overlap(Flow(), path)
+        last = path.log_snr(tensor(path.t_max)).item()
+        assert view.t_max == pytest.approx(min(1 - 1e-4, torch.sigmoid(tensor(-last)).item()), abs=1e-9)
+        first = path.log_snr(tensor(path.t_min)).item()
+        assert view.t_min == pytest.approx(max(1e-4, torch.sigmoid(tensor(-first)).item()), abs=1e-9)
+
+
+CHECKS = (both_ways_agree, stays_inside_unit_time, takes_the_step_of_the_precision, overlaps)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_the_checks_hold(check):
+    check(source)
+
+
+MUTANTS = [
+    ("return (after - before) / like(2 * h, after)", "return (after - before) / like(h, after)", both_ways_agree),
+    ("x + like(s * h, x) * dx", "x", both_ways_agree),
+    ("t + s * h * dt", "t + s * h", both_ways_agree),
+    ("for s in (1, -1)", "for s in (1, 0)", both_ways_agree),
+    ("dt.to(t).contiguous()", "0 * dt.to(t).contiguous()", both_ways_agree),
+    ("return field(x, t), difference", "return 0 * field(x, t), difference", both_ways_agree),
+    ("torch.minimum(t, 1 - t)", "torch.ones_like(t)", stays_inside_unit_time),
+    ("torch.minimum(t, 1 - t)", "t", stays_inside_unit_time),
+    (".clamp(max=2 * step) / 2", ".clamp(max=2 * step)", takes_the_step_of_the_precision),
+    ("torch.bfloat16: 1e-2", "torch.bfloat16: 1e-3", takes_the_step_of_the_precision),
+    ("if half else x.dtype", "if not half else x.dtype", takes_the_step_of_the_precision),
+    ("min(last, 1 - 1e-4)", "last", overlaps),
+    ("max(first, 1e-4)", "first", overlaps),
+    ("[path.t_min, path.t_max]", "[path.t_max, path.t_min]", overlaps),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "check"), MUTANTS, ids=lambda v: getattr(v, "__name__", None))
+def test_the_check_fails_on_the_mutant(old, new, check):
+    check(broken("onestroke.tangent", old, old))
+    with pytest.raises((AssertionError, RuntimeError, KeyError)):
+        check(broken("onestroke.tangent", old, new))
 
 
 def test_a_long_difference_sees_past_wiggles():

@@ -55,7 +55,13 @@ def published_gains(cls, scheme="heun", count=18, ratio=1.05528):
 
 @pytest.mark.parametrize(
     ("scheme", "count", "ratio"),
-    [("euler", 18, 0.8461), ("euler", 40, 0.9297), ("heun", 18, 1.05528), ("heun", 40, 1.00978)],
+    [
+        ("euler", 18, 0.8461),
+        ("euler", 40, 0.9297),
+        ("heun", 18, 1.05528),
+        ("heun", 40, 1.00978),
+        ("heun", 200, 1.00036),
+    ],
 )
 def test_the_gains_of_n_levels_are_the_published_ones(scheme, count, ratio):
     method = published_gains(CD, scheme, count, ratio)

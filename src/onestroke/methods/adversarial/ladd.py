@@ -23,7 +23,8 @@ class LADD(Method):
     probability of a few-step student's first level, published 0.7; the others share the rest. easy: rounds at the start
     that train the cleaner half of the levels alone, published 500.
     Ours: published are pictures that the teacher drew under guidance, here any that the run is given, so that the run's
-    guidance_scale is not read; heads read the features alone, neither time nor pooled text.
+    guidance_scale is not read; heads read the features alone, neither time nor pooled text, and two 1x1 layers judge
+    each place by itself, where published are convolutions over its neighbours with spectral and virtual batch norm.
     """
 
     players = ("student", "heads")

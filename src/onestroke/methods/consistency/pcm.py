@@ -27,9 +27,9 @@ class PCM(Method):
     distance: published huber; l2 or l1 (see `terms.DISTANCES`). loss: of the GAN, published hinge; softplus is
     the other.
     Ours: both turns in every round (published: in turns); the student's hinge is -D (published max(0, 1 - D), which
-    rests where it passes) of one linear head on each tapped layer (published: four of two convolutions); states are
-    scaled to the variance-preserving path before they are compared; one guidance scale per run (published 5 to 6, drawn
-    per row), without empty prompts.
+    rests where it passes) of one head of two 1x1 layers on each tapped layer (published: four of two convolutions);
+    states are scaled to the variance-preserving path before they are compared; one guidance scale per run (published 5
+    to 6, drawn per row), without empty prompts.
     Published settings (SD 1.5): batch 20, Adam 5e-6 and, with betas 0 and 0.999, 1e-5, LoRA of rank 64 and alpha 8 on
     the layers of `lcm-lora`.
     """

@@ -29,8 +29,9 @@ class SanaSprint(SCM):
     warm-up, published 4,000 batches, of which every other one trains the heads.
     sigma_data, norm, velocity, weight, difference: as in `scm`.
     Ours: the student reads the distance of that guidance from the run's, so that its pipeline draws under the run's
-    (see `lcm`); the heads are those of `ladd`, judge the same samples and train in every round. A flow teacher is read
-    on the path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
+    (see `lcm`); the heads are those of `ladd`, of its two 1x1 layers (published: convolutions of 1, 9 and 1 places with
+    spectral and virtual batch norm), judge the same samples and train in every round. A flow teacher is read on the
+    path of angles without loss. Several steps are sampled at the path's own times with fresh noise, by LCM's or
     FlowMatchEuler's scheduler: the published sampler, but for its angles 1.5708 and 1.3. At those a SANA's student is
     drawn by diffusers' SanaSprintPipeline (`onestroke.students.sprint.sana_sprint`). Published: QK-norm and times in
     [0, 1] put into the teacher beforehand; CAME 2e-6 (here AdamW), warm-up 5,000, clip 0.1, no average.

@@ -26,6 +26,7 @@ class Shortcut(Method):
     not here), for which neither the teacher nor the run's guidance_scale is asked.
     Ours: the way begins at one of the student's own calls, each as likely, so that a step from every one of them to the
     data is learned: without s, the student that is kept. s enters by the time embedding; each row draws its length.
+    Samples of several steps are steps to the data, noised anew in between (published: steps of a half or a quarter).
     Published settings: AdamW 1e-4, weight decay 0.1, average 0.999.
     """
 
