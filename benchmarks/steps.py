@@ -60,7 +60,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     classes = {name: get_method(name) for name in METHODS}
-    able = [name for name, cls in classes.items() if cls.max_steps >= STEPS[-1] and cls.target != "guided"]
+    able = [name for name, cls in classes.items() if cls.max_steps >= STEPS[-1] and cls.target != "guided steps"]
     parser.add_argument("--rounds", type=int, default=150, help="for each step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", choices=able, default=able)

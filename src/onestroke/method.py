@@ -204,9 +204,9 @@ class Method(nn.Module, ABC):
     in that which makes the most."""
     max_steps: ClassVar[int] = 1
     """The largest number of calls of the student that the method can train."""
-    target: ClassVar[Literal["law", "modes", "guided"]] = "law"
-    """What the student's samples become: samples of the teacher's law, its modes alone, or what the guided teacher
-    draws in as many steps (not the law: guidance moves it, and few steps of a solver are not exact)."""
+    target: ClassVar[Literal["law", "modes", "guided", "guided steps"]] = "law"
+    """What the student's samples become: samples of the teacher's law, or its modes alone; or, of a method that distils
+    guidance, what the guided teacher draws in many steps, or in as many as the student."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings of the paper, or ours where the docstring says so, where they differ from the trainer's."""
     guidance: Told | None = None

@@ -7,11 +7,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from onestroke.denoiser import Guided
 from onestroke.errors import InputError
-from onestroke.paths import VP, Flow
+from onestroke.paths import EDM, VP, Estimate, Flow
+from onestroke.sampling import FewStep
+from onestroke.solvers import solve
 from onestroke.teachers.gaussian import GaussianMixture
-from onestroke.truth import converge, fit, inside, ring, sliced_w2
+from onestroke.truth import Distilled, converge, fit, inside, measure, ring, sliced_w2
 from truth.checks import tensor
 
 
@@ -31,6 +35,30 @@ def test_swiftbrush_improves_on_the_fitted_net(path, prediction):
     assert result.rounds == 400
     assert result.seconds > 0
     assert json.loads(json.dumps(result.as_dict()))["rounds"] == result.rounds
+
+
+class Drawn(nn.Module):
+    """In one call what a teacher draws in 64 steps under a guidance."""
+
+    def __init__(self, teacher, scale):
+        super().__init__()
+        self.net, self.path = Guided(teacher, scale, teacher.null), teacher.path
+
+    def forward(self, x, t, cond):
+        x0 = solve(self.net, self.path, x / FewStep(self.path).first, cond, 64)
+        return Estimate(x0, x0)
+
+
+@pytest.mark.parametrize(("method", "near"), [("speedupnet", 2.0), ("guided-distillation", 2.0), ("kd", 1.0)])
+def test_what_distils_guidance_is_measured_against_the_guided_teacher(method, near, monkeypatch):
+    """Away from it are one who draws without guidance, and of any other method one who draws under it."""
+    monkeypatch.setattr("onestroke.truth.SAMPLES", 5_000)
+    teacher = ring(EDM(), 4, std=0.3).float()
+    one, other = Drawn(teacher, near), Drawn(teacher, 3.0 - near)
+    few, guided = FewStep(teacher.path), Guided(teacher, 2.0, teacher.null)
+    found = measure(Distilled(method, teacher, one, other, guided, few, few, 0, 1, 0.0))
+    assert found.sliced_w2 < 2 * found.floor
+    assert found.start > 4 * found.floor
 
 
 def test_uneven_float64_teacher_and_options():

@@ -33,7 +33,7 @@ class AGD(Method):
     paper = "AGD, arXiv 2503.07274"
     passes = {"student": 1}
     max_steps = 64
-    target = "guided"
+    target = "guided steps"
     defaults = {
         "student_steps": 25,
         "renoise": "implied",

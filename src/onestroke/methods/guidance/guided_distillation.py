@@ -39,6 +39,7 @@ class GuidedDistillation(Progressive):
     paper = "Guided distillation, arXiv 2210.03142"
     passes = {"student": 1, "teacher": 2}
     max_steps = 64
+    target = "guided"
     defaults = {**Progressive.defaults, "guidance_scale": 9.0}
 
     def __init__(

@@ -23,7 +23,7 @@ class LoRAEnhanced(Method):
     paper = "LoRA-enhanced distillation, arXiv 2312.06899"
     passes = {"student": 1, "teacher": 2}
     max_steps = 64
-    target = "guided"
+    target = "guided steps"
     defaults = {
         "student_steps": 25,
         "renoise": "implied",

@@ -41,6 +41,7 @@ class SpeedUpNet(Method):
     paper = "SpeedUpNet, arXiv 2312.08887"
     passes = {"student": 2, "teacher": 4}
     max_steps = 8
+    target = "guided"
     defaults = {
         "student_steps": 4,
         "renoise": "implied",
