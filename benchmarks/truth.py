@@ -30,9 +30,9 @@ HEAD = """# Truth
 
 Every method distils a teacher whose score is exact from a small network fitted to it for a fifth of the time. Then
 20,000 samples of the student, in as many calls as **steps** says, are compared with as many true ones; where the row
-says so, the student is one that was trained for another number of them. Of the methods that distil guidance (2, and 1.5
-for guided-distillation) the true ones are the guided teacher's: those of agd and lora-enhanced in as many calls as the
-student's, of guided-distillation and speedupnet in 100 steps of a solver. `ring` is the ring of 8 Gaussians (radius 1,
+says so, the student is one that was trained for another number of them. Of the methods that distil guidance
+the true ones are the guided teacher's: those of agd and lora-enhanced in as many calls as the student's, of
+guided-distillation and speedupnet in many steps of a solver. `ring` is the ring of 8 Gaussians (radius 1,
 standard deviation 0.1, each its own class); `mixture` has 3 anisotropic Gaussians in 8 dimensions. `onestroke methods
 --check NAME` measures one row anew. The settings (`src/onestroke/recipes/exact`) were chosen on these very cases, most
 on the first alone, in one step; every row is one seed, and near a limit the next run may fall on its other side. The

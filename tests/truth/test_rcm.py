@@ -212,6 +212,8 @@ def test_in_two_parts_the_fixed_point_is_the_same(name):
 def test_a_long_step_is_refused():
     with pytest.raises(InputError, match=r"semi=0.5 must lie in \[0, 0.5\)"):
         made(RCM, Trig(), Consistent(Trig()), semi=0.5)
+    with pytest.raises(InputError, match="unknown warm 'both'"):
+        made(RCM, Trig(), Consistent(Trig()), warm="both")
 
 
 # ---- do the checks notice? -----------------------------------------------------------------------------------------
