@@ -22,7 +22,7 @@ from onestroke.methods import get_method, options
 from onestroke.pairs import about_pairs, check_pairs, make_pairs
 from onestroke.rewards import Score, check_reward
 from onestroke.settings import Settings, resolve
-from onestroke.teachers import locate
+from onestroke.teachers import fetched, locate
 from onestroke.training.optim import check_optimizer
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -182,18 +182,19 @@ def check_machine(run: Settings) -> None:
         raise InputError("offload=true is for one process; use shard=true for several.")
 
 
-def check_network(folder: Path, needs: Collection[str]) -> None:
-    """Refuse a pipeline whose network or call lacks what a method needs, from its small files. Raises InputError."""
-    from onestroke.teachers.pipeline import class_of, prediction_of, time_keyword
+def check_network(source: str | Path, needs: Collection[str]) -> None:
+    """Refuse a pipeline, in a folder or of a hub id, whose network or call lacks what a method needs, from its small
+    files. Raises InputError."""
+    from onestroke.teachers.nasa import check_steerable
+    from onestroke.teachers.pipeline import class_of, declared_in, hollow_network, network_of, schedule_in, time_keyword
 
-    index = read_json(folder / "model_index.json")
-    network = index.get("transformer")
-    if "halves" in needs and network is not None:
-        raise no_halves(network[-1])
+    part, network = network_of(source)
+    if "halves" in needs and part == "transformer":
+        raise no_halves(network.__name__)
     if "times" in needs:
-        config = read_json(folder / "scheduler" / "scheduler_config.json")
-        flow = prediction_of(str(config.get("_class_name")), config, folder) == "flow"
-        time_keyword(class_of(index["_class_name"], folder), flow)
+        time_keyword(class_of(declared_in(source)["_class_name"], source), schedule_in(source)[1] == "flow")
+    if "steering" in needs:
+        check_steerable(hollow_network(source))
 
 
 def rehearse(method: str, run: Settings, options: Mapping[str, Any], path: Any, prediction: Any) -> Any:
@@ -359,25 +360,21 @@ def distill(
     needs = cls.needs_of({**options(cls), **chosen}) - ({"times"} if run.student_steps == 1 else set())
     spread = float({**options(cls), **chosen}["spread"]) if "sides" in needs else 0.0
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs, spread)
-    source = teacher if hasattr(teacher, "net") else locate(teacher)
+    loaded = hasattr(teacher, "net")
+    source = teacher if loaded else locate(teacher)
     from onestroke.solvers import stops
     from onestroke.teachers.pipeline import files_sha256, hollow_network, inspect_folder, schedule_in
 
-    files = ""
     if isinstance(source, Path):
         inspect_folder(source)
-        files = files_sha256(source) if needs & {"pairs", "ways"} else ""
+    if not loaded:
         check_network(source, needs)
-        if "steering" in needs:
-            from onestroke.teachers.nasa import check_steerable
-
-            check_steerable(hollow_network(source))
-    path, prediction = (teacher.path, teacher.net.prediction) if hasattr(teacher, "net") else schedule_in(source)
-    check_pairs(kept, about, files)
+    path, prediction = (teacher.path, teacher.net.prediction) if loaded else schedule_in(source)
+    check_pairs(kept, about)
     rehearsed = rehearse(method, run, chosen, path, prediction)
     if "ways" in needs:
         stops(path, run.solver_steps)  # refuses steps that the path has no times for
-    if run.layers < 1 and source is not teacher:
+    if run.layers < 1 and not loaded:
         from onestroke.teachers.depth import with_fewer_layers
 
         with_fewer_layers(hollow_network(source), run.layers)
@@ -390,6 +387,8 @@ def distill(
     check_folder(out, recipe, resume)
     if resume and (before := read_json(out / "recipe.json")["settings"]["steps"]) != run.steps:
         check_length(rehearsed, rehearse(method, replace(run, steps=before), chosen, path, prediction))
+    files = files_sha256(fetched(source)) if needs & {"pairs", "ways"} and not loaded else ""
+    check_pairs(kept, about, files)
 
     from onestroke.denoiser import plain
     from onestroke.rewards import KEY, load_reward
@@ -400,7 +399,7 @@ def distill(
     from onestroke.training.train import Data, Trainer
 
     torch.manual_seed(run.seed)
-    if not hasattr(teacher, "net"):
+    if not loaded:
         teacher = load_teacher(teacher, run.size)
     elif run.size not in (None, teacher.size):
         raise InputError(f"the teacher was loaded for pictures of {teacher.size} pixels, not {run.size}.")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import onestroke.teachers
 from onestroke import InputError, distill
 from onestroke.methods import METHODS, get_method
+from onestroke.teachers import BUILT_IN
 from onestroke.teachers.pipeline import files_sha256
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -27,6 +28,20 @@ def unloaded(monkeypatch):
 
     forbid()
     return forbid
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Put a pipeline in the hub's own cache, as org/name; returns its folder there."""
+
+    def put(folder, name):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        repo = tmp_path / "hub" / f"models--org--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        return shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+
+    return put
 
 
 @pytest.fixture
@@ -119,6 +134,32 @@ def test_pairs_of_another_teacher(refused, pipeline_folder, prompt_file, tmp_pat
     assert files_sha256(same) == files_sha256(pipeline_folder)
     for folder in others:
         refused("kd", "holds the pairs of another teacher; give another", folder, pairs=tmp_path / "run" / "pairs")
+
+
+def test_pairs_of_another_teacher_of_the_hub(
+    refused, on_hub, pipeline_folder, prompt_file, tmp_path, monkeypatch, unloaded
+):
+    """By the files in the hub's cache; half-precision ones beside, which are not read, make no other teacher."""
+    monkeypatch.undo()
+    given = {"method": "kd", "prompts": prompt_file, "steps": 1, "batch_size": 2}
+    distill(str(pipeline_folder), out=tmp_path / "run", **given)
+    folder, pairs = on_hub(pipeline_folder, "teacher"), tmp_path / "run" / "pairs"
+    weights = load_file(folder / UNET)
+    for variant in (".fp16", ".fp16-00001-of-00001"):
+        file = folder / UNET.replace(".safetensors", f"{variant}.safetensors")
+        save_file({k: v.half() for k, v in weights.items()}, file, {"format": "pt"})
+    distill("org/teacher", out=tmp_path / "same", pairs=pairs, **given)
+    save_file({k: v + 1 for k, v in weights.items()}, folder / UNET, {"format": "pt"})
+    unloaded()
+    refused("kd", "holds the pairs of another teacher; give another", "org/teacher", pairs=pairs)
+
+
+def test_networks_of_the_hub(refused, on_hub, pipeline_folder):
+    """By their configs: a transformer has no halves, and a UNet of one layer each has none to leave out."""
+    on_hub(BUILT_IN / "emoji64-flow", "flow")
+    on_hub(pipeline_folder, "unet")
+    refused("tiue", "SD3Transformer2DModel has none; take a teacher with a UNet", "org/flow")
+    refused("kd", "has no layer to leave out", "org/unet", layers=0.9)
 
 
 def test_a_run_that_is_cut_by_its_rounds(pipeline_folder, tmp_path, monkeypatch, unloaded):

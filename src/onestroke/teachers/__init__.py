@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parent / "built_in"
 
-__all__ = ["BUILT_IN", "GaussianMixture", "built_in", "load_teacher", "locate"]
+__all__ = ["BUILT_IN", "GaussianMixture", "built_in", "fetched", "load_teacher", "locate"]
 
 
 def built_in() -> dict[str, dict[str, Any]]:
@@ -38,6 +38,23 @@ def locate(name_or_path: str | Path) -> str | Path:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
         return name
     raise unknown("teacher (no such folder, hub id or built-in teacher)", name, built_in())
+
+
+def fetched(source: str | Path) -> Path:
+    """The folder of a teacher's files; those of a hub id are downloaded, once, as they are to be loaded.
+
+    Raises InputError for a hub id that cannot be read.
+    """
+    if isinstance(source, Path):
+        return source
+    from diffusers import DiffusionPipeline
+
+    from onestroke.teachers.pipeline import unreadable
+
+    try:
+        return Path(DiffusionPipeline.download(source, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise unreadable(source, error) from None
 
 
 def load_teacher(name_or_path: str | Path, size: tuple[int, int] | None = None) -> PipelineTeacher:

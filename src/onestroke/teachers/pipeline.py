@@ -221,11 +221,11 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def files_sha256(folder: Path) -> str:
     """sha256 of a teacher: its path, the tensors of its network by name, and the first rows of those of its text
-    encoders, which may be many times as large. However many files they lie in; nothing is built."""
+    encoders, which may be many times as large. However many files they lie in, beside what variants; none is built."""
     digest, network = hashlib.sha256(coarse(schedule_in(folder)[0]).numpy().data), network_of(folder)[0]
     for part in (network, *sorted(p.name for p in folder.glob("text_encoder*"))):
         files: dict[str, Any] = {}
-        for file in sorted((folder / part).glob("*.safetensors")):
+        for file in sorted(f for f in (folder / part).glob("*.safetensors") if "." not in f.stem):  # a variant's has
             tensors = safe_open(file, framework="pt")
             files |= dict.fromkeys(tensors.keys(), tensors)
         for name in sorted(files):
