@@ -6,7 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+from conftest import tiny_pipeline
 from onestroke.denoiser import fused_attention
 from onestroke.errors import InputError
 from onestroke.methods import get_method
@@ -39,6 +41,18 @@ JUDGED = [
     (True, {**TWO, "batch_size": 8, "offload": True}),
     (False, {**TWO, "batch_size": 4, "accumulate": 2, "lora_rank": {"*": 4}}),
 ]
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    """The tiny pipeline with one level of its network, since every operation on a hollow tensor takes long."""
+    pipeline = tiny_pipeline()
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    one = {**pipeline.unet.config, **blocks, "block_out_channels": [16], "mid_block_type": None}
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(one))
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def lived(folder, method: str, **settings):
