@@ -35,7 +35,7 @@ SETTINGS = [
     {**TWO, "batch_size": 8, "precision": "bf16", "gradient_checkpointing": True},
     {**TWO, "batch_size": 8, "offload": True},
 ]
-LATE = {"batch_size": 8, "score_weight": 1.0, "steps": 8}  # scores in the last two rounds
+LATE = {"batch_size": 8, "score_weight": 1.0, "steps": 4}  # scores in the last round
 JUDGED = [
     (True, {**TWO, "batch_size": 8}),
     (True, {**TWO, "batch_size": 8, "offload": True}),
@@ -105,7 +105,7 @@ def test_a_phase_that_comes_late_is_planned(pipeline_folder):
     """Scores in the last stage of hyper-sd: of a run that does not come to it the fake alone is held."""
     late, early, plain = (
         plan(pipeline_folder, "hyper-sd", **{**LATE, **more})
-        for more in ({}, {"stage_steps": 8}, {"score_weight": 0.0})
+        for more in ({}, {"stage_steps": 4}, {"score_weight": 0.0})
     )
     assert late.roles == early.roles
     assert late.working > 1.2 * early.working
