@@ -47,7 +47,7 @@ begin with a student of few steps. **KID** is on EfficientNet-Lite0 features aga
 step without guidance over the student's; the aim is 2 in one step. What a student gains in more steps is to be seen
 beside the teacher's in as many: agd and lora-enhanced are cheaper teachers, which draw in many, and speedupnet in few.
 **seconds** of distilling are by the clock, with whatever else the machine did. The settings of scm, rcm, sana-sprint,
-meanflow and imf take derivatives as long central differences, `difference=0.1`, not in forward mode, with which these
+meanflow and imf take derivatives as long differences, `difference=0.1`, not in forward mode, with which these
 teachers, not made smooth in time, gave less (see recipes/emoji64/README.md).
 """
 TEACHER = """

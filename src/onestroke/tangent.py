@@ -33,21 +33,22 @@ class Tangent:
     """A field and its derivative along (dx, dt), by forward-mode differentiation, without gradient.
 
     A network that cannot be differentiated so (a fused kernel, a function of its own without such a rule) is met at its
-    first call; from then on two more calls, the central difference, stand in, and a Notice says so once. Call the
-    player itself inside the field, wrapped as it is: every process then makes the same calls.
+    first call; from then on differences stand in, and a Notice says so once. Call the player itself inside the field,
+    wrapped as it is: every process then makes the same calls.
 
-    step: of the difference, in unit time, which is then taken from the start; 0: the derivative. A long one sees past
-    the wiggles of a network that reads a thousand times. Raises InputError for one outside [0, 0.5).
+    path: whose times t are. step: of differences, in unit time, which are then taken from the start; 0: the derivative.
+    A long one sees past the wiggles of a network that reads a thousand times. Raises InputError for one outside
+    [0, 0.5).
     """
 
-    def __init__(self, step: float = 0.0):
+    def __init__(self, path: Path, step: float = 0.0):
         if not 0 <= step < 0.5:
             raise InputError(f"difference={step} must lie in [0, 0.5), in unit time; 0 is the derivative itself.")
-        self.step, self.forward = step, not step
+        self.path, self.step, self.forward = path, step, not step
 
     @torch.no_grad()
     def __call__(self, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """At x (B, *D) and t (B,) inside (0, 1), along dx (B, *D) and dt (B,) of at most 1: (B, *D) each."""
+        """At x (B, *D) and t (B,) of the path, along dx (B, *D) and dt (B,) of at most 1: (B, *D) each."""
         if self.forward:
             try:
                 found = torch.func.jvp(field, (x, t.contiguous()), (dx.to(x), dt.to(t).contiguous()))
@@ -57,15 +58,25 @@ class Tangent:
             except RuntimeError as error:
                 self.forward, why = False, str(error).partition("\n")[0]
                 warnings.warn(f"no forward-mode derivative ({why}): differences stand in.", Notice, stacklevel=2)
-        return field(x, t), difference(field, x, t, dx, dt, self.step or None)
+        return difference(self.path, field, x, t, dx, dt, self.step or None)
 
 
 @torch.no_grad()
-def difference(field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, step: float | None = None) -> Tensor:
-    """The derivative (B, *D) of a field along (dx, dt) from two calls, a step to both sides inside (0, 1)."""
+def difference(
+    path: Path, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, step: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `Tangent`, of second order: from a step to both sides, or, where the path ends within it, one and two away
+    from that end. A shorter step would see the wiggles there, and beyond, where no network was trained; a student of
+    one step is called there."""
     if step is None:
         half = torch.is_autocast_enabled(x.device.type)
         step = STEPS[torch.get_autocast_dtype(x.device.type) if half else x.dtype]
-    h = torch.minimum(t, 1 - t).clamp(max=2 * step) / 2
-    after, before = (field(x + like(s * h, x) * dx, t + s * h * dt) for s in (1, -1))
-    return (after - before) / like(2 * h, after)
+    rate = dt.abs().clamp_min(torch.finfo(dt.dtype).tiny)
+    h = ((path.t_max - path.t_min) / 3 / rate).clamp(max=step)
+    before, after = (t - path.t_min) / rate, (path.t_max - t) / rate
+    before, after = torch.where(dt < 0, after, before), torch.where(dt < 0, before, after)
+    one = torch.where(after < h, -h, h)
+    two = torch.where(torch.minimum(before, after) < h, 2 * one, -h)
+    here, near, far = (field(x + like(d, x) * dx, t + d * dt) for d in (0 * h, one, two))
+    nearer, farther = two / one / (two - one), one / two / (one - two)
+    return here, like(nearer, near) * (near - here) + like(farther, far) * (far - here)

@@ -57,8 +57,8 @@ def test_forward_mode_is_the_difference_on_every_family(name, teachers):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        value, slope = Tangent()(field, x, t, dx, dt)
-        parts = [Tangent()(field, x, t, *along)[1] for along in ((dx, 0 * dt), (0 * dx, dt))]
+        value, slope = Tangent(Flow())(field, x, t, dx, dt)
+        parts = [Tangent(Flow())(field, x, t, *along)[1] for along in ((dx, 0 * dt), (0 * dx, dt))]
     close(value, field(x, t).detach())
     assert not slope.requires_grad
     assert (slope - sum(parts)).abs().max() < 1e-4 * slope.abs().max()
@@ -68,7 +68,7 @@ def test_forward_mode_is_the_difference_on_every_family(name, teachers):
     gx, gt = torch.autograd.grad((w * field(x, t)).sum(), [x, t])
     assert abs((gx * dx).sum() + (gt * dt).sum() - (w * slope).sum()) < 1e-4 * (w * slope).norm()
     with tapped(net, rectified(net)) as found:
-        one, two = (difference(field, x, t, dx, dt, step) for step in (STEP, STEP / 2))
+        one, two = (difference(Flow(), field, x, t, dx, dt, step)[1] for step in (STEP, STEP / 2))
     assert bool(found) == (name == "sana")
     assert all((v > 0).all() for v in found)
     assert ((4 * two - one) / 3 - slope).abs().max() < 1e-3 * slope.abs().max()
@@ -102,7 +102,7 @@ def case(kind=lambda net: net, rows=5):
 
 def test_a_network_without_forward_mode_is_differenced_and_it_is_said_once():
     *call, net = case(Fused)
-    tangent = Tangent()
+    tangent = Tangent(Flow())
     with pytest.warns(Notice, match="no forward-mode derivative .*scaled_dot_product.*: differences stand in"):
         value, slope = tangent(*call)
     assert not tangent.forward
@@ -121,24 +121,44 @@ def test_a_network_without_forward_mode_is_differenced_and_it_is_said_once():
 
 def both_ways_agree(module):
     *call, _ = case()
-    (value, slope), (same, other) = module.Tangent()(*call), module.Tangent(1e-6)(*call)
+    (value, slope), (same, other) = module.Tangent(Flow())(*call), module.Tangent(Flow(), 1e-6)(*call)
     assert torch.equal(value, same)
     assert (slope - other).abs().max() < 1e-8 * slope.abs().max()
 
 
-def stays_inside_unit_time(module):
-    """Within a step of an end it is a smaller one, and as central as elsewhere."""
-    seen = []
+def stays_on_the_path(module):
+    """From its very ends as well as from within a step of them, whichever way it goes: exact for a parabola, with no
+    shorter step."""
+    path, step = Flow(t_min=0.05, t_max=0.9), 0.2
+    t = tensor(0.05, 0.06, 0.5, 0.75, 0.9)
+    for rate in (1.0, -1.0, 0.5, 0.0):
+        seen = []
 
-    def field(x, t):
-        seen.append(t)
-        return x * t[:, None] ** 3
+        def field(x, t, seen=seen):
+            seen.append(t)
+            return x**2 + t[:, None] ** 2
 
-    x, t = torch.ones(4, 1, dtype=F64), tensor(1e-4, 0.3, 1 - 1e-4, 1 - 1e-7)
-    slope = module.difference(field, x, t, 0 * x, torch.ones(4, dtype=F64), step=1e-2)
-    assert torch.stack(seen).min() > 0
-    assert torch.stack(seen).max() < 1
-    close(slope[:, 0], 3 * t**2, rtol=1e-3, atol=1e-8)
+        x, dt = torch.ones(5, 1, dtype=F64), torch.full((5,), rate, dtype=F64)
+        value, slope = module.difference(path, field, x, t, 3 * x, dt, step)
+        close(value[:, 0], 1 + t**2)
+        close(slope[:, 0], 6 + 2 * t * rate, rtol=1e-9)
+        _, *moved = torch.stack(seen)
+        assert torch.stack(moved).min() >= 0.05 - 1e-9
+        assert torch.stack(moved).max() <= 0.9 + 1e-9
+        far = step * abs(rate)
+        close((moved[0] - t).abs(), torch.full((5,), far, dtype=F64), rtol=1e-9)
+        both = (moved[0] + moved[1] - 2 * t).abs() < 1e-9
+        assert torch.equal(both, (t - 0.05 >= far) & (0.9 - t >= far))
+
+
+def takes_a_third_of_a_short_path(module):
+    """From an end of which two steps, and from its middle one to both sides, would lead beyond it."""
+    path, x, t = Flow(t_min=0.1, t_max=0.4), torch.ones(3, 1, dtype=F64), tensor(0.1, 0.25, 0.4)
+    for rate in (1.0, 0.5):
+        seen = []
+        field = lambda x, t, seen=seen: seen.append(t) or x  # noqa: E731
+        module.difference(path, field, x, t, x, torch.full_like(t, rate), 0.45)
+        close(torch.stack(seen[1:]), torch.stack([tensor(0.2, 0.35, 0.3), tensor(0.3, 0.15, 0.2)]), rtol=1e-9)
 
 
 def takes_the_step_of_the_precision(module):
@@ -148,8 +168,8 @@ def takes_the_step_of_the_precision(module):
         field = lambda x, t, seen=seen: seen.append(t) or x  # noqa: E731
         x, t = call[1].to(F64 if dtype == F64 else torch.float32), torch.full((5,), 0.5, dtype=F64)
         with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            module.difference(field, x, t, 0 * x, torch.ones_like(t))
-        close(seen[0] - seen[1], torch.full((5,), 2 * step, dtype=F64), rtol=1e-6)
+            module.difference(Flow(), field, x, t, 0 * x, torch.ones_like(t))
+        close(torch.stack(seen[1:]) - t, step * tensor(1.0, -1.0)[:, None].expand(2, 5), rtol=1e-6)
 
 
 def test_other_errors_are_not_swallowed():
@@ -157,7 +177,7 @@ def test_other_errors_are_not_swallowed():
         return x @ x
 
     with pytest.warns(Notice), pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Tangent()(field, torch.ones(2, 3), tensor(0.5, 0.5), torch.ones(2, 3), tensor(1.0, 1.0))
+        Tangent(Flow())(field, torch.ones(2, 3), tensor(0.5, 0.5), torch.ones(2, 3), tensor(1.0, 1.0))
 
 
 def overlaps(module):
@@ -170,7 +190,7 @@ def overlaps(module):
         assert view.t_min == pytest.approx(max(1e-4, torch.sigmoid(tensor(-first)).item()), abs=1e-9)
 
 
-CHECKS = (both_ways_agree, stays_inside_unit_time, takes_the_step_of_the_precision, overlaps)
+CHECKS = (both_ways_agree, stays_on_the_path, takes_a_third_of_a_short_path, takes_the_step_of_the_precision, overlaps)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -179,15 +199,21 @@ def test_the_checks_hold(check):
 
 
 MUTANTS = [
-    ("return (after - before) / like(2 * h, after)", "return (after - before) / like(h, after)", both_ways_agree),
-    ("x + like(s * h, x) * dx", "x", both_ways_agree),
-    ("t + s * h * dt", "t + s * h", both_ways_agree),
-    ("for s in (1, -1)", "for s in (1, 0)", both_ways_agree),
+    ("two / one / (two - one)", "two / one / two", both_ways_agree),
+    ("one / two / (one - two)", "one / two / one", stays_on_the_path),
+    ("x + like(d, x) * dx", "x", both_ways_agree),
+    ("t + d * dt", "t + d", both_ways_agree),
+    ("(0 * h, one, two)", "(h, one, two)", both_ways_agree),
     ("dt.to(t).contiguous()", "0 * dt.to(t).contiguous()", both_ways_agree),
-    ("return field(x, t), difference", "return 0 * field(x, t), difference", both_ways_agree),
-    ("torch.minimum(t, 1 - t)", "torch.ones_like(t)", stays_inside_unit_time),
-    ("torch.minimum(t, 1 - t)", "t", stays_inside_unit_time),
-    (".clamp(max=2 * step) / 2", ".clamp(max=2 * step)", takes_the_step_of_the_precision),
+    ("return here, like(nearer", "return near, like(nearer", both_ways_agree),
+    ("torch.where(after < h, -h, h)", "h", stays_on_the_path),
+    ("torch.where(torch.minimum(before, after) < h, 2 * one, -h)", "-h", stays_on_the_path),
+    ("torch.minimum(before, after)", "before", stays_on_the_path),
+    ("torch.where(dt < 0, after, before), torch.where(dt < 0, before, after)", "before, after", stays_on_the_path),
+    (" / 3 / rate", " / 3 * torch.ones_like(rate)", takes_a_third_of_a_short_path),
+    ("dt.abs().clamp_min(torch.finfo(dt.dtype).tiny)", "torch.ones_like(dt)", stays_on_the_path),
+    (" / 3 / rate", " / 2 / rate", takes_a_third_of_a_short_path),
+    (".clamp(max=step)", ".clamp(max=step / 2)", takes_the_step_of_the_precision),
     ("torch.bfloat16: 1e-2", "torch.bfloat16: 1e-3", takes_the_step_of_the_precision),
     ("if half else x.dtype", "if not half else x.dtype", takes_the_step_of_the_precision),
     ("min(last, 1 - 1e-4)", "last", overlaps),
@@ -207,10 +233,10 @@ def test_a_long_difference_sees_past_wiggles():
     """sin(t) with a fast small wave on it: the derivative is the wave's, the difference over its length is not."""
     x, t = torch.zeros(1, 1, dtype=F64), tensor(0.4)
     call = (lambda x, t: x + t.sin()[:, None] + 0.01 * (200 * torch.pi * t).cos()[:, None], x, t, x, tensor(1.0))
-    assert abs(Tangent(0.05)(*call)[1] - t.cos()) < 1e-3
-    assert abs(Tangent(0.0)(*call)[1] - t.cos()) < 1e-3  # at the wave's crest
+    assert abs(Tangent(Flow(), 0.05)(*call)[1] - t.cos()) < 1e-3
+    assert abs(Tangent(Flow(), 0.0)(*call)[1] - t.cos()) < 1e-3  # at the wave's crest
     off = (*call[:2], tensor(0.4025), *call[3:])
-    assert abs(Tangent(0.05)(*off)[1] - tensor(0.4025).cos()) < 1e-3
-    assert abs(Tangent(0.0)(*off)[1] - tensor(0.4025).cos()) > 1
+    assert abs(Tangent(Flow(), 0.05)(*off)[1] - tensor(0.4025).cos()) < 1e-3
+    assert abs(Tangent(Flow(), 0.0)(*off)[1] - tensor(0.4025).cos()) > 1
     with pytest.raises(InputError, match=r"difference=0.5 must lie in \[0, 0.5\)"):
-        Tangent(0.5)
+        Tangent(Flow(), 0.5)

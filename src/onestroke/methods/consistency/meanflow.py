@@ -27,7 +27,7 @@ class MeanFlow(Method):
     0, published elsewhere: it has not. equal: share of the rows with s = t, published 0.75. jump: share of the others
     with s = 0, ours, published 0. power, c: published 1 and 0.01, as released (CIFAR-10: 0.75 and 1e-3). velocity: of
     the guided "teacher", or of the "data", eps - x0, for which neither the teacher nor the run's guidance_scale is
-    asked. difference: 0, derivatives in forward mode; or the step in unit time of central differences, two more calls.
+    asked. difference: 0, derivatives in forward mode; or the step in unit time of differences, two more calls.
     Ours: published is training from data, with guidance by the network's own velocity; here v is the guided teacher's.
     s enters by the time embedding; each row draws whether s = t. Samples of several steps are noised anew.
     Published settings: Adam 1e-4 with betas 0.9 and 0.95, batch 256, average 0.9999.
@@ -61,7 +61,7 @@ class MeanFlow(Method):
         self.path, self.guide, self.flow = parts.path, parts.guide, overlap(Flow(), parts.path)
         self.levels = (mean, std), (end_mean, end_std) if end_std else (mean, std)
         self.equal, self.jump, self.power, self.c = equal, jump, power, c
-        self.velocity, self.tangent = velocity, Tangent(difference)
+        self.velocity, self.tangent = velocity, Tangent(self.flow, difference)
 
     def average(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """u (B, *D) of the student at x (B, *D) of the straight path, from t (B,) to s (B,)."""

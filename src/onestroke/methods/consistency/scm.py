@@ -35,7 +35,7 @@ class SCM(Method):
     velocity: whose the trajectories are, the guided "teacher"'s (sCD), or of the "data" (sCT):
     cos(tau) z - sin(tau) x0, for which neither the teacher nor the run's guidance_scale is asked. weight: "learned",
     "tan" without what is learned, or "one". difference: 0, derivatives in forward mode; or the step in unit time of
-    central differences in their place, two more calls, for teachers that were not made smooth in time.
+    differences in their place, two more calls, for teachers that were not made smooth in time.
     Ours: the student keeps its own path and prediction type and is read on that of angles; the learned loss reads the
     angle alone, begins near its rest, so that in short runs other terms do not outweigh this one, and has a rate of its
     own: the eight numbers of its series are not moved by what moves a wide layer. Several steps are at the path's own
@@ -75,7 +75,7 @@ class SCM(Method):
         self.few, self.path, self.guide = parts.few, parts.path, parts.guide
         self.sigma_data, self.angles = sigma_data, overlap(Trig(sigma_data=sigma_data), parts.path)
         self.mean, self.std, self.ramp, self.norm = mean, std, ramp, norm
-        self.velocity, self.scheme, self.tangent = velocity, weight, Tangent(difference)
+        self.velocity, self.scheme, self.tangent = velocity, weight, Tangent(self.angles, difference)
 
     def speed(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """sigma_data F = dx/dtau (B, *D) of a network's flow at x (B, *D) of the path of angles."""
