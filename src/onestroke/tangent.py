@@ -65,18 +65,19 @@ class Tangent:
 def difference(
     path: Path, field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, step: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `Tangent`, of second order: from a step to both sides, or, where the path ends within it, one and two away
-    from that end. A shorter step would see the wiggles there, and beyond, where no network was trained; a student of
-    one step is called there."""
+    """As `Tangent`, of second order: from a step to both sides, a shorter one within it of the path's ends; where that
+    is less than a quarter, from one and two whole steps away from the end, which then lose fewer digits. Beyond its
+    ends no network was trained, and at one of them a student of one step is called."""
     if step is None:
         half = torch.is_autocast_enabled(x.device.type)
         step = STEPS[torch.get_autocast_dtype(x.device.type) if half else x.dtype]
     rate = dt.abs().clamp_min(torch.finfo(dt.dtype).tiny)
     h = ((path.t_max - path.t_min) / 3 / rate).clamp(max=step)
-    before, after = (t - path.t_min) / rate, (path.t_max - t) / rate
-    before, after = torch.where(dt < 0, after, before), torch.where(dt < 0, before, after)
-    one = torch.where(after < h, -h, h)
-    two = torch.where(torch.minimum(before, after) < h, 2 * one, -h)
+    room = torch.stack([t - path.t_min, path.t_max - t]).clamp_min(0) / rate
+    before, after = torch.where(dt < 0, room.flip(0), room)
+    both = room.amin(0) >= h / 4
+    one = torch.where(both, room.amin(0).minimum(h), torch.where(after < before, -h, h))
+    two = torch.where(both, -one, 2 * one)
     here, near, far = (field(x + like(d, x) * dx, t + d * dt) for d in (0 * h, one, two))
     nearer, farther = two / one / (two - one), one / two / (one - two)
     return here, like(nearer, near) * (near - here) + like(farther, far) * (far - here)
