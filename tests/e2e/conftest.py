@@ -68,6 +68,20 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """on_hub("name"): where the hub's cache looks for the files of org/name; nothing else can be had."""
+
+    def place(name: str):
+        repo = tmp_path / "hub" / f"models--org--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        return repo / "snapshots" / ("0" * 40)
+
+    return place
+
+
 @pytest.fixture(scope="session")
 def towered_folder(tmp_path_factory):
     """The tiny pipeline with an image tower as wide as its text encoder."""

@@ -31,20 +31,6 @@ def unloaded(monkeypatch):
 
 
 @pytest.fixture
-def on_hub(tmp_path, monkeypatch):
-    """Put a pipeline in the hub's own cache, as org/name; returns its folder there."""
-
-    def put(folder, name):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        repo = tmp_path / "hub" / f"models--org--{name}"
-        (repo / "refs").mkdir(parents=True)
-        (repo / "refs" / "main").write_text("0" * 40)
-        return shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
-
-    return put
-
-
-@pytest.fixture
 def refused(pipeline_folder, prompt_file, tmp_path):
     """Assert that `distill` refuses a run, in these words."""
     (tmp_path / "images").mkdir()
@@ -143,7 +129,7 @@ def test_pairs_of_another_teacher_of_the_hub(
     monkeypatch.undo()
     given = {"method": "kd", "prompts": prompt_file, "steps": 1, "batch_size": 2}
     distill(str(pipeline_folder), out=tmp_path / "run", **given)
-    folder, pairs = on_hub(pipeline_folder, "teacher"), tmp_path / "run" / "pairs"
+    folder, pairs = shutil.copytree(pipeline_folder, on_hub("teacher")), tmp_path / "run" / "pairs"
     weights = load_file(folder / UNET)
     for variant in (".fp16", ".fp16-00001-of-00001"):
         file = folder / UNET.replace(".safetensors", f"{variant}.safetensors")
@@ -156,8 +142,8 @@ def test_pairs_of_another_teacher_of_the_hub(
 
 def test_networks_of_the_hub(refused, on_hub, pipeline_folder):
     """By their configs: a transformer has no halves, and a UNet of one layer each has none to leave out."""
-    on_hub(BUILT_IN / "emoji64-flow", "flow")
-    on_hub(pipeline_folder, "unet")
+    shutil.copytree(BUILT_IN / "emoji64-flow", on_hub("flow"))
+    shutil.copytree(pipeline_folder, on_hub("unet"))
     refused("tiue", "SD3Transformer2DModel has none; take a teacher with a UNet", "org/flow")
     refused("kd", "has no layer to leave out", "org/unet", layers=0.9)
 

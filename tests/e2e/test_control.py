@@ -103,13 +103,9 @@ def test_what_is_refused(teachers, students, picture, pipeline_folder, onestroke
         assert not (tmp_path / "out.png").exists()
 
 
-def test_one_of_another_base_on_the_hub_is_refused_by_its_config(teachers, students, tmp_path, monkeypatch):
+def test_one_of_another_base_on_the_hub_is_refused_by_its_config(teachers, students, on_hub):
     """Which alone is there: nothing else could be fetched."""
-    repo = tmp_path / "hub" / "models--org--control"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    control_of(teachers["sd15"], False).save_config(repo / "snapshots" / ("0" * 40))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    control_of(teachers["sd15"], False).save_config(on_hub("control"))
     check_control("org/control", students("sd15"))
     with pytest.raises(InputError, match="ControlNet of another base"):
         check_control("org/control", students("sdxl"))

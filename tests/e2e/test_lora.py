@@ -169,17 +169,13 @@ def test_what_is_refused(folder, lora, pipeline_folder, onestroke, tmp_path, mon
 
 
 @pytest.fixture
-def hub(pipeline_folder, tmp_path, monkeypatch):
+def hub(pipeline_folder, on_hub):
     """What the hub's cache holds of the tiny teacher, org/tiny: its two small files; nothing more can be had."""
-    repo = tmp_path / "hub" / "models--org--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
+    folder = on_hub("tiny")
     for name in ("model_index.json", "unet/config.json"):
-        file = repo / "snapshots" / ("0" * 40) / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pipeline_folder / name, file)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return repo / "snapshots" / ("0" * 40)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pipeline_folder / name, folder / name)
+    return folder
 
 
 def test_of_a_teacher_on_the_hub_only_small_files_are_fetched(hub, lora, onestroke, tmp_path, monkeypatch):
