@@ -8,6 +8,7 @@ call or above it, or with another number of rows, begins the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,20 @@ from onestroke.denoiser import Denoiser, Guided
 from onestroke.errors import InputError
 from onestroke.paths import Cond, Estimate
 from onestroke.solvers import solve
+
+
+def reads_guidance() -> InputError:
+    """The refusal of a network that is guided in one call as it is."""
+    return InputError("this network reads its guidance and needs no second call; draw with full guidance.")
+
+
+def check_asks_twice(source: str | Path) -> None:
+    """Refuse a teacher, in a folder or of a hub id, whose network reads its guidance, by its config. Raises
+    InputError."""
+    from onestroke.teachers.pipeline import hollow_network
+
+    if hollow_network(source).config.get("guidance_embeds"):
+        raise reads_guidance()
 
 
 class Remembering(Guided):
@@ -37,10 +52,10 @@ class Remembering(Guided):
     def both(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor) -> tuple[Estimate, Estimate]:
         """The estimates under cond, and under the null condition for `rows` alone, in one call.
 
-        Raises InputError for a network that reads its guidance: it is guided in one call as it is.
+        Raises InputError for a network that reads its guidance.
         """
         if "guidance" in cond:
-            raise InputError("this network reads its guidance and needs no second call; draw with full guidance.")
+            raise reads_guidance()
         cond, null = self.sides(cond)
         both = {k: torch.cat([v, null[k][rows]]) for k, v in cond.items()}
         est, size = self.net(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), both), len(x)

@@ -362,6 +362,7 @@ def distill(
     kept, about = Path(pairs or out / "pairs"), about_pairs(recipe.prompts_sha256, run, "ways" in needs, spread)
     loaded = hasattr(teacher, "net")
     source = teacher if loaded else locate(teacher)
+    from onestroke.guidance import check_asks_twice
     from onestroke.solvers import stops
     from onestroke.teachers.pipeline import files_sha256, hollow_network, inspect_folder, schedule_in
 
@@ -369,6 +370,8 @@ def distill(
         inspect_folder(source)
     if not loaded:
         check_network(source, needs)
+        if run.guide != "full":
+            check_asks_twice(source)
     path, prediction = (teacher.path, teacher.net.prediction) if loaded else schedule_in(source)
     check_pairs(kept, about)
     rehearsed = rehearse(method, run, chosen, path, prediction)

@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import onestroke.teachers
+from families import pipeline_of
 from onestroke import InputError, distill
 from onestroke.methods import METHODS, get_method
+from onestroke.students.sample import sample
 from onestroke.teachers import BUILT_IN
 from onestroke.teachers.pipeline import files_sha256
 
@@ -24,7 +26,8 @@ def unloaded(monkeypatch):
     """Let no teacher be loaded; called, from then on."""
 
     def forbid():
-        monkeypatch.setattr(onestroke.teachers, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+        for module in (onestroke.teachers, onestroke.students.sample):
+            monkeypatch.setattr(module, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
 
     forbid()
     return forbid
@@ -146,6 +149,17 @@ def test_networks_of_the_hub(refused, on_hub, pipeline_folder):
     shutil.copytree(pipeline_folder, on_hub("unet"))
     refused("tiue", "SD3Transformer2DModel has none; take a teacher with a UNet", "org/flow")
     refused("kd", "has no layer to leave out", "org/unet", layers=0.9)
+
+
+def test_a_network_that_reads_its_guidance(refused, on_hub):
+    """It is asked once, so that there is no second call to leave out."""
+    folder = on_hub("flux")
+    pipeline_of("flux-guided").save_pretrained(folder)
+    says = "this network reads its guidance and needs no second call"
+    for teacher in (folder, "org/flux"):
+        refused("kd", says, teacher, guide="adaptive", guidance_scale=2.0)
+        with pytest.raises(InputError, match=says):
+            sample(teacher, ["a cat"], adaptive=True)
 
 
 def test_a_run_that_is_cut_by_its_rounds(pipeline_folder, tmp_path, monkeypatch, unloaded):

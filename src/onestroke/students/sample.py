@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestroke.denoiser import Guided
 from onestroke.errors import InputError, read_json, unknown
-from onestroke.guidance import AdaptiveGuided
+from onestroke.guidance import AdaptiveGuided, check_asks_twice
 from onestroke.solvers import SOLVERS, solve
 from onestroke.students.control import check_control, read_picture
 from onestroke.students.guidance import side_of, told_in
@@ -102,9 +102,11 @@ def sample(
         for name, value in (("--negative", negative), ("--controlnet", controlnet)):
             if value:
                 raise InputError(f"{name} goes with a student; {model} is a teacher.")
+        if isinstance(source, Path):
+            inspect_folder(source)
+        if adaptive:
+            check_asks_twice(source)
         if lora is not None:
-            if isinstance(source, Path):
-                inspect_folder(source)
             check_lora_base(source, lora)
         teacher, images, scale = load_teacher(model), [], 3.0 if guidance_scale is None else guidance_scale
         if lora is not None:
