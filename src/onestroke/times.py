@@ -53,12 +53,16 @@ def log_normal(draw: Draws, path: Path, mean: float, std: float) -> Tensor:
     return path.snap(path.time_of(-level).clamp(path.t_min, path.t_max))
 
 
-def ladder(path: Path, count: int) -> Tensor:
+def ladder(path: Path, count: int, sigma_min: float = 0.0, sigma_max: float = RAMP.sigma_max) -> Tensor:
     """`count` times, increasing float64, at which b / a is equally spaced on the ramp of Karras et al.
 
-    From end to end of the path; levels beyond the ramp's own noise end are skipped. Not snapped.
+    From end to end of the path, whose ends stand for the levels `sigma_min` and `sigma_max` where they lie beyond; no
+    other is. Not snapped. Raises InputError where no level of the path is between these.
     """
-    first, last = RAMP.time_of(_ends(path)).clamp_max(1.0).tolist()
+    low, high = RAMP.time_of(-torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()).tolist()
+    first, last = RAMP.time_of(_ends(path)).clamp(low, high).tolist()
+    if not first < last:
+        raise InputError(f"no noise level of the teacher's path is between {sigma_min} and {sigma_max}; take others.")
     inner = path.time_of(RAMP.log_snr(torch.linspace(first, last, count, dtype=torch.float64)))[1:-1]
     return torch.cat([inner.new_tensor([path.t_min]), inner, inner.new_tensor([path.t_max])])
 

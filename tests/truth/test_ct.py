@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from onestroke.errors import InputError
 from onestroke.method import Batch
 from onestroke.methods.consistency.cd import CD
 from onestroke.methods.consistency.ct import CT
@@ -91,6 +92,25 @@ def test_pairs_are_neighbours_on_the_ramp():
     neighbours(CT)
 
 
+def narrowed(cls):
+    """Of a ramp from 0.2 to 50, by hand: the inner levels are its own, the outer ones the ends of the path."""
+    path, ends = EDM(), (0.2, 50.0)
+    method = checks.made(cls, path, Line(path, 0.7, 0.2), sigma_min=ends[0], sigma_max=ends[1])
+    low, high = (v ** (1 / 7) for v in ends)
+    want = [(low + i / 4 * (high - low)) ** 7 for i in (1, 2, 3)]
+    close(path.ab(method.levels(5))[1], [0.002, *want, 80.0])
+
+
+def test_a_narrower_ramp():
+    narrowed(CT)
+
+
+@pytest.mark.parametrize("ends", [(3.0, 2.0), (100.0, 200.0), (1e-5, 1e-4)])
+def test_a_ramp_that_the_path_does_not_cross(ends):
+    with pytest.raises(InputError, match="no noise level of the teacher's path is between"):
+        checks.made(CT, EDM(), Line(EDM(), 0.7, 0.2), sigma_min=ends[0], sigma_max=ends[1])
+
+
 MUTANTS = [
     ("terms.endpoint(self.slow", "terms.endpoint(self.student", by_hand),
     ("self.path, lower, s, cond)", "self.path, lower, t, cond)", by_hand),
@@ -102,6 +122,9 @@ MUTANTS = [
     ("math.sqrt(grown) - 1", "math.sqrt(grown)", schedules),
     ("growth or parts.rounds", "growth or 1", schedules),
     ("count + 1))", "count + 2))", neighbours),
+    ("count, *self.ends)", "count)", narrowed),
+    ("sigma_max: float = RAMP.sigma_max", "sigma_max: float = 40.0", neighbours),
+    ("sigma_min: float = RAMP.sigma_min", "sigma_min: float = 0.2", neighbours),
 ]
 
 

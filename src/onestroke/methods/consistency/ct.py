@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from onestroke import terms, times
 from onestroke.method import Batch, Method, Parts, Turn
+from onestroke.times import RAMP
 
 
 class CT(Method):
@@ -18,7 +21,8 @@ class CT(Method):
 
     first, last: published 2 and 150 (ImageNet: 200). keep: published 0.95 (CIFAR-10: 0.9). growth: K, the rounds
     of the growth; 0 (published): all of the run, and then a resumed run must keep its number of rounds. distance: l2,
-    l1 or huber (see `terms.DISTANCES`).
+    l1 or huber (see `terms.DISTANCES`). sigma_min, sigma_max: the ends of the ramp, published 0.002 and 80; the path's
+    own stand for them, so that from the lowest level the pair goes to the data.
     Ours: it starts from the teacher's weights; l2 in place of LPIPS; the run's guidance is not used. Published settings
     (LSUN, by the code): batch 256, RAdam 5e-5 (here AdamW), average of 0.9999.
     """
@@ -39,11 +43,18 @@ class CT(Method):
         keep: float = 0.95,
         growth: int = 0,
         distance: str = "l2",
+        sigma_min: float = RAMP.sigma_min,
+        sigma_max: float = RAMP.sigma_max,
     ):
         super().__init__(parts)
         self.student, self.slow, self.teacher, self.path = parts.student, parts.target(), parts.teacher, parts.path
         self.first, self.last, self.keep, self.growth = first, last, keep, growth or parts.rounds
-        self.distance = terms.DISTANCES[terms.checked_distance(distance)]
+        self.distance, self.ends = terms.DISTANCES[terms.checked_distance(distance)], (sigma_min, sigma_max)
+        self.levels(2)  # refuses ends that leave none
+
+    def levels(self, count: int) -> Tensor:
+        """The times (count,) of the ramp."""
+        return times.ladder(self.path, count, *self.ends)
 
     def intervals(self, step: int) -> int:
         """N - 1 in this round."""
@@ -53,7 +64,7 @@ class CT(Method):
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
         cond, count = batch.cond, self.intervals(step)
-        t, s = times.neighbours(batch.draw, times.ladder(self.path, count + 1))
+        t, s = times.neighbours(batch.draw, self.levels(count + 1))
         x, lower = (self.path.mix(batch.x0, batch.noise, u) for u in (t, s))
         error = self.student(x, t, cond).x0 - terms.endpoint(self.slow, self.path, lower, s, cond)
         keep = self.keep ** (self.first / count)
