@@ -77,6 +77,7 @@ def refused(pipeline_folder, prompt_file, tmp_path):
         ("agd", {"guidance_scale": 1.0}, "distils guidance, and guidance_scale=1 is none"),
         ("speedupnet", {"others": 7.0}, "others=7.0"),
         ("ct", {"sigma_min": 5.0, "sigma_max": 1.0}, "no noise level of the teacher's path is between 5.0 and 1.0"),
+        ("ict", {"sigma_min": 3.0, "sigma_max": 2.0}, "no noise level of the teacher's path is between"),
         ("ict", {"stage_steps": -5}, "stage_steps=-5 counts something"),
         ("rectified-flow", {"lo": 0.9, "hi": 0.1}, "lo=0.9 and hi=0.1 must lie in [0, 1], lo below hi"),
         ("lcm", {"spread": 3.0, "embed": False}, "spread=3.0 must lie in [0, 1]"),

@@ -93,12 +93,7 @@ def test_pairs_are_neighbours_on_the_ramp():
 
 
 def narrowed(cls):
-    """Of a ramp from 0.2 to 50, by hand: the inner levels are its own, the outer ones the ends of the path."""
-    path, ends = EDM(), (0.2, 50.0)
-    method = checks.made(cls, path, Line(path, 0.7, 0.2), sigma_min=ends[0], sigma_max=ends[1])
-    low, high = (v ** (1 / 7) for v in ends)
-    want = [(low + i / 4 * (high - low)) ** 7 for i in (1, 2, 3)]
-    close(path.ab(method.levels(5))[1], [0.002, *want, 80.0])
+    checks.ramp_is_narrowed(checks.made(cls, EDM(), Line(EDM(), 0.7, 0.2), sigma_min=0.2, sigma_max=50.0))
 
 
 def test_a_narrower_ramp():

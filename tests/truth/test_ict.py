@@ -50,11 +50,23 @@ def test_the_loss_is_the_one_typed_by_hand(name):
     by_hand(ICT, name)
 
 
-def test_noise_beyond_the_ramp_counts_as_its_end():
+def beyond(cls):
     path = make_path("flow")
-    method = made(ICT, path, Line(path, 0.7, 0.2))
     t, s = torch.tensor([1.0, 0.9], dtype=F64), torch.tensor([0.9, 0.8], dtype=F64)
-    close(method.gap(t, s), [80 - 9, 9 - 4], 1e-12)
+    close(made(cls, path, Line(path, 0.7, 0.2)).gap(t, s), [80 - 9, 9 - 4], 1e-12)
+    close(made(cls, path, Line(path, 0.7, 0.2), sigma_max=30.0).gap(t, s), [30 - 9, 9 - 4], 1e-12)
+
+
+def test_noise_beyond_the_ramp_counts_as_its_end():
+    beyond(ICT)
+
+
+def narrowed(cls):
+    checks.ramp_is_narrowed(made(cls, EDM(), Line(EDM(), 0.7, 0.2), sigma_min=0.2, sigma_max=50.0))
+
+
+def test_a_narrower_ramp():
+    narrowed(ICT)
 
 
 def doubling(cls):
@@ -143,6 +155,9 @@ MUTANTS = [
     ("math.prod(parts.shape) ** 0.5", "math.prod(parts.shape)", by_hand),
     ("- low\n", "\n", by_hand),
     ("(distance / self.gap", "(distance * self.gap", by_hand),
+    ("clamp_max(self.ends[1])", "clamp_max(RAMP.sigma_max)", beyond),
+    ("count, *self.ends)", "count)", narrowed),
+    ("sigma_min: float = RAMP.sigma_min", "sigma_min: float = 0.2", likely),
     ("self.intervals(step) + 1)", "self.intervals(step))", doubling),
     ("last // first) + 1)", "last // first))", doubling),
     ("first: int = 10", "first: int = 5", doubling),

@@ -21,8 +21,8 @@ class ICT(Method):
 
     first, last: published 10 and 1280. scale: of c, published 0.00054. mean, std: of the log level, published -1.1 and
     2. stage_steps: rounds until the intervals double; 0 (published): the run in equal parts, and then a resumed run
-    must keep its number of rounds.
-    Ours: it starts from the teacher's weights; noise beyond the ramp counts as its end, 80, in the weight; the run's
+    must keep its number of rounds. sigma_min, sigma_max: the ends of the ramp, as in `ct`.
+    Ours: it starts from the teacher's weights; noise beyond the ramp counts as sigma_max in the weight; the run's
     guidance is not used. Published settings (CIFAR-10): batch 1024, RAdam 1e-4 (here AdamW), no clipping, average of
     0.99993, dropout 0.3 (ours: none).
     """
@@ -43,12 +43,20 @@ class ICT(Method):
         mean: float = -1.1,
         std: float = 2.0,
         stage_steps: int = 0,
+        sigma_min: float = RAMP.sigma_min,
+        sigma_max: float = RAMP.sigma_max,
     ):
         super().__init__(parts)
         self.student, self.teacher, self.path = parts.student, parts.teacher, parts.path
         self.first, self.last, self.mean, self.std = first, last, mean, std
         self.c = scale * math.prod(parts.shape) ** 0.5
         self.stage_steps = stage_steps or max(1, int(parts.rounds // (math.log2(last // first) + 1)))
+        self.ends = (sigma_min, sigma_max)
+        self.levels(2)  # refuses ends that leave none
+
+    def levels(self, count: int) -> Tensor:
+        """The times (count,) of the ramp."""
+        return times.ladder(self.path, count, *self.ends)
 
     def intervals(self, step: int) -> int:
         """How many in this round."""
@@ -57,12 +65,12 @@ class ICT(Method):
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
         """(B,): the noise level b / a at t less that at s."""
         high, low = ((-self.path.log_snr(u)).exp() for u in (t, s))
-        return high.clamp_max(RAMP.sigma_max) - low
+        return high.clamp_max(self.ends[1]) - low
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
         path, cond = self.path, batch.cond
-        grid = times.ladder(path, self.intervals(step) + 1)
+        grid = self.levels(self.intervals(step) + 1)
         t, s = times.normal_neighbours(batch.draw, path, grid, self.mean, self.std)
         x, lower = (path.mix(batch.x0, batch.noise, u) for u in (t, s))
         target = terms.endpoint(self.student, path, lower, s, cond)
