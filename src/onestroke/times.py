@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,6 +66,13 @@ def ladder(path: Path, count: int, sigma_min: float = 0.0, sigma_max: float = RA
         raise InputError(f"no noise level of the teacher's path is between {sigma_min} and {sigma_max}; take others.")
     inner = path.time_of(RAMP.log_snr(torch.linspace(first, last, count, dtype=torch.float64)))[1:-1]
     return torch.cat([inner.new_tensor([path.t_min]), inner, inner.new_tensor([path.t_max])])
+
+
+def ramp(path: Path, sigma_min: float, sigma_max: float) -> Callable[[int], Tensor]:
+    """`ladder` between these levels, a function of the count. Raises InputError where no level of the path is."""
+    levels = partial(ladder, path, sigma_min=sigma_min, sigma_max=sigma_max)
+    levels(2)
+    return levels
 
 
 def strides(path: Path, count: int) -> Tensor:

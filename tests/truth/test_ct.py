@@ -117,7 +117,7 @@ MUTANTS = [
     ("math.sqrt(grown) - 1", "math.sqrt(grown)", schedules),
     ("growth or parts.rounds", "growth or 1", schedules),
     ("count + 1))", "count + 2))", neighbours),
-    ("count, *self.ends)", "count)", narrowed),
+    ("parts.path, sigma_min, sigma_max)", "parts.path, RAMP.sigma_min, sigma_max)", narrowed),
     ("sigma_max: float = RAMP.sigma_max", "sigma_max: float = 40.0", neighbours),
     ("sigma_min: float = RAMP.sigma_min", "sigma_min: float = 0.2", neighbours),
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from onestroke import terms, times
 from onestroke.method import Batch, Method, Parts, Turn
 from onestroke.times import RAMP
@@ -49,12 +47,8 @@ class CT(Method):
         super().__init__(parts)
         self.student, self.slow, self.teacher, self.path = parts.student, parts.target(), parts.teacher, parts.path
         self.first, self.last, self.keep, self.growth = first, last, keep, growth or parts.rounds
-        self.distance, self.ends = terms.DISTANCES[terms.checked_distance(distance)], (sigma_min, sigma_max)
-        self.levels(2)  # refuses ends that leave none
-
-    def levels(self, count: int) -> Tensor:
-        """The times (count,) of the ramp."""
-        return times.ladder(self.path, count, *self.ends)
+        self.distance = terms.DISTANCES[terms.checked_distance(distance)]
+        self.levels = times.ramp(parts.path, sigma_min, sigma_max)
 
     def intervals(self, step: int) -> int:
         """N - 1 in this round."""

@@ -51,12 +51,7 @@ class ICT(Method):
         self.first, self.last, self.mean, self.std = first, last, mean, std
         self.c = scale * math.prod(parts.shape) ** 0.5
         self.stage_steps = stage_steps or max(1, int(parts.rounds // (math.log2(last // first) + 1)))
-        self.ends = (sigma_min, sigma_max)
-        self.levels(2)  # refuses ends that leave none
-
-    def levels(self, count: int) -> Tensor:
-        """The times (count,) of the ramp."""
-        return times.ladder(self.path, count, *self.ends)
+        self.levels, self.sigma_max = times.ramp(parts.path, sigma_min, sigma_max), sigma_max
 
     def intervals(self, step: int) -> int:
         """How many in this round."""
@@ -65,7 +60,7 @@ class ICT(Method):
     def gap(self, t: Tensor, s: Tensor) -> Tensor:
         """(B,): the noise level b / a at t less that at s."""
         high, low = ((-self.path.log_snr(u)).exp() for u in (t, s))
-        return high.clamp_max(self.ends[1]) - low
+        return high.clamp_max(self.sigma_max) - low
 
     def step(self, batch: Batch, step: int):
         assert batch.x0 is not None
