@@ -48,8 +48,7 @@ step without guidance over the student's; the aim is 2 in one step. What a stude
 beside the teacher's in as many: agd and lora-enhanced are cheaper teachers, which draw in many, and speedupnet in few.
 **seconds** of distilling are by the clock, with whatever else the machine did. The settings of scm, rcm, sana-sprint,
 meanflow and imf take derivatives as long differences, `difference=0.1`, not in forward mode, with which these
-teachers, not made smooth in time, gave less (see recipes/emoji64/README.md). The rows of sana-sprint on emoji64 were
-distilled when these became ever shorter towards the ends of the path, as they no longer do.
+teachers, not made smooth in time, gave less (see recipes/emoji64/README.md).
 """
 TEACHER = """
 ## {name}
