@@ -48,7 +48,8 @@ step without guidance over the student's; the aim is 2 in one step. What a stude
 beside the teacher's in as many: agd and lora-enhanced are cheaper teachers, which draw in many, and speedupnet in few.
 **seconds** of distilling are by the clock, with whatever else the machine did. The settings of scm, rcm, sana-sprint,
 meanflow and imf take derivatives as long differences, `difference=0.1`, not in forward mode, with which these
-teachers, not made smooth in time, gave less (see recipes/emoji64/README.md).
+teachers, not made smooth in time, gave less (see recipes/emoji64/README.md). Every row is one seed, and the settings
+were chosen on these very prompts: near 2 the next run may fall on the other side.
 """
 TEACHER = """
 ## {name}
